@@ -1,0 +1,139 @@
+"""The flags that several scripts share, each with one spelling, default and help text, and how a script ends."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from utils.files import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers wrong flags in one line, without the usage of every flag before it."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """The description as it is written; each flag's default behind its help where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS) or action.required or "default" in shown:
+            return shown
+        return f"{shown} (default: %(default)s)"
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main: exit status 2 and one line for unusable input, 130 for Ctrl-C; our bugs keep a traceback."""
+    prog = Path(sys.argv[0]).name
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_last_words(prog, f"error: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_last_words(prog, "interrupted; run the same command again and it goes on from here", 130))
+
+
+def _last_words(prog: str, message: str, status: int) -> int:
+    print(f"{prog}: {message}", file=sys.stderr)
+    return status
+
+
+# ---- Types of flags
+
+
+def positive_int(text: str) -> int:
+    return int(_number(text, int, "a whole number of at least 1", lambda value: value >= 1))
+
+
+def non_negative_int(text: str) -> int:
+    return int(_number(text, int, "a whole number of at least 0", lambda value: value >= 0))
+
+
+def positive_float(text: str) -> float:
+    return _number(text, float, "a number above 0", lambda value: 0 < value < float("inf"))
+
+
+def non_negative_float(text: str) -> float:
+    return _number(text, float, "a number of at least 0", lambda value: 0 <= value < float("inf"))
+
+
+def share(text: str) -> float:
+    return _number(text, float, "a number in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def top_p(text: str) -> float:
+    return _number(text, float, "a number in (0, 1]", lambda value: 0 < value <= 1)
+
+
+def cosine(text: str) -> float:
+    return _number(text, float, "a cosine similarity in [-1, 1]", lambda value: -1 <= value <= 1)
+
+
+def boolean(text: str) -> bool:
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected True or False")
+    return values[text.lower()]
+
+
+def _number(text: str, kind: type, expected: str, is_right: Callable[[float], bool]) -> float:
+    try:
+        value = kind(text)
+        # Comparisons with NaN are all false, so it is refused too.
+        if is_right(value):
+            return value
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+
+
+# ---- Flags of several scripts
+
+
+def add_cache_dir(parser: Parser) -> None:
+    parser.add_argument(
+        "--cache_dir", type=Path, help="folder for what the Hugging Face hub sends (default: the hub's own)"
+    )
+
+
+def add_model(parser: Parser) -> None:
+    parser.add_argument("--model_path", required=True, help="folder or hub name of a causal language model")
+    add_cache_dir(parser)
+    parser.add_argument(
+        "--device", default="auto", help="torch device, such as cpu or cuda:1; auto: CUDA if there is one"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the model's weights; auto: the checkpoint's on CUDA, float32 on CPU",
+    )
+
+
+def add_datastore_labels(parser: Parser, dataset_flag: str) -> None:
+    """The five labels that name a datastore's folder; stage 5 spells `--dataset_name` as `--dataset`."""
+    parser.add_argument(
+        dataset_flag, dest="dataset_name", required=True, help="label of the text, part of folder names"
+    )
+    parser.add_argument("--model_ds", required=True, help="label of the model whose probabilities choose the chunks")
+    parser.add_argument("--model_gen", required=True, help="label of the model whose hidden states index them")
+    parser.add_argument("--partition", required=True, help="label of the split, such as train")
+    parser.add_argument(
+        "--tok_prob_threshold", type=share, required=True, help="γ in [0, 1): a token above it belongs to a chunk"
+    )
+
+
+def add_excluded_tries(parser: Parser) -> None:
+    parser.add_argument(
+        "--excluded_tries_prior",
+        type=Path,
+        metavar="FILE",
+        help="JSON list of entry token ids whose tries are left out",
+    )

@@ -1,0 +1,285 @@
+"""Files and manifests: every byte that a stage leaves on disk is written whole or not at all, and says where it is from.
+
+A file is written under a temporary name and renamed (`replacing`). A manifest beside a stage's output holds the
+arguments and the fingerprints of the inputs that decide its bytes; a stage that is run again goes on only where they
+are the same (`begin_stage`), and the next stage starts only from output that is whole (`read_finished`).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from fcntl import LOCK_EX, LOCK_NB, flock
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+BLOCK_BYTES = 1 << 20
+PACKAGES = ("torch", "transformers", "datasets", "h5py", "numpy")
+
+
+class InputError(Exception):
+    """What the user gave cannot be used: one sentence that says what, where, got, expected and what to do."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends; on an error `path` stays as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); free space or fix the path"
+        ) from error
+    finally:
+        # Where the folder itself is missing or not a folder there is nothing to remove.
+        with suppress_os_error():
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def suppress_os_error() -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        return
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder and its parents; raises InputError where a file is in the way or the place is not writable."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a folder ({error.strerror}); choose another folder") from error
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path}: is not writable; choose another folder")
+    return path
+
+
+def require_file(path: Path, made_by: str) -> Path:
+    """`path` if it is a readable file; raises InputError that says which command makes it."""
+    return _require(path, path.is_file(), "file", made_by)
+
+
+def require_folder(path: Path, made_by: str) -> Path:
+    """`path` if it is a readable folder; raises InputError that says which command makes it."""
+    return _require(path, path.is_dir(), "folder", made_by)
+
+
+def _require(path: Path, is_there: bool, kind: str, made_by: str) -> Path:
+    if not is_there:
+        got = f"is not a {kind}" if path.exists() else "does not exist"
+        raise InputError(f"{path}: {got}; give the {kind} that {made_by}")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path}: cannot be read; check its permissions")
+    return path
+
+
+@contextmanager
+def sole_writer(folder: Path, name: str) -> Iterator[None]:
+    """Refuse a second run of the stage `name` in `folder` while the block runs; a killed run's lock is free again."""
+    path = folder / f".{name}.lock"
+    try:
+        file = open(path, "a")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+    with file:
+        try:
+            flock(file, LOCK_EX | LOCK_NB)
+        except BlockingIOError as error:
+            message = f"{folder}: another run is writing here; wait for it to end or choose another folder"
+            raise InputError(message) from error
+        yield
+
+
+# ---- JSON
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; raises InputError where it is missing, not UTF-8 or not whole."""
+    require_file(path, "holds the JSON")
+    with _readable_json(path):
+        return json.loads(path.read_bytes())
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=indent)
+        file.write("\n")
+
+
+def iter_json_list(path: Path) -> Iterator[Any]:
+    """The entries of a JSON list, one at a time, in memory that holds a block and one entry.
+
+    Raises InputError where the file is missing, not UTF-8, not whole or not a list.
+    """
+    require_file(path, "holds a JSON list")
+    with _readable_json(path), open(path, encoding="utf-8-sig") as file:
+        yield from _parse_list(file, path)
+
+
+def _parse_list(file: Any, path: Path) -> Iterator[Any]:
+    scan = json.JSONDecoder().raw_decode
+    buffer, at, block = file.read(BLOCK_BYTES), 0, BLOCK_BYTES
+    at = _skip_space(buffer, at)
+    if buffer[at : at + 1] != "[":
+        got = "is empty" if not buffer.strip() else "holds something else than a list"
+        raise InputError(f"{path}: {got}; expected a JSON list")
+    at, after_entry = at + 1, False
+    while True:
+        at = _skip_space(buffer, at)
+        if after_entry and buffer[at : at + 1] == ",":
+            at, after_entry = _skip_space(buffer, at + 1), False
+        elif buffer[at : at + 1] == "]":
+            if (buffer[at + 1 :] + file.read()).strip():
+                raise InputError(f"{path}: text follows the end of the JSON list; expected nothing there")
+            return
+        try:
+            entry, end = scan(buffer, at)
+            # A number may go on in the next block, so an entry counts only once its separator is in sight.
+            separator = _skip_space(buffer, end)
+            is_whole = not after_entry and buffer[separator : separator + 1] in tuple(",]")
+        except json.JSONDecodeError:
+            is_whole = False
+        if is_whole:
+            yield entry
+            at, after_entry, block = end, True, BLOCK_BYTES
+            continue
+        more = file.read(block)
+        if not more:
+            raise InputError(f"{path}: the JSON list is cut off or damaged near {buffer[at : at + 40]!r}; make it anew")
+        # `at` may stand behind a comma that is consumed: `after_entry` keeps that.
+        buffer, at, block = buffer[at:] + more, 0, block * 2
+
+
+def _skip_space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\n", "\r", "\t"):
+        at += 1
+    return at
+
+
+def write_json_list(path: Path, entries: Iterable[Any]) -> int:
+    """Write a JSON list, one entry a line, as the entries come; returns how many there were."""
+    n_entries = 0
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write("[")
+        for entry in entries:
+            file.write(",\n" if n_entries else "\n")
+            file.write(json.dumps(entry, ensure_ascii=False))
+            n_entries += 1
+        file.write("\n]\n")
+    return n_entries
+
+
+@contextmanager
+def _readable_json(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"{path}: is not whole JSON ({error.msg} at {place}); mend it or make it anew") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: JSON is nested too deeply; expected a few levels") from error
+
+
+# ---- Manifests
+
+
+@dataclass
+class Manifest:
+    """What decided a stage's output: flags by name, fingerprints of what it read, and whether it is whole."""
+
+    stage: str
+    arguments: dict[str, Any]
+    inputs: dict[str, Any]
+    complete: bool = False
+    results: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+
+
+def begin_stage(path: Path, stage: str, arguments: dict[str, Any], inputs: dict[str, Any]) -> Manifest:
+    """Write the manifest of a run that starts, or take up the one that is there.
+
+    Raises InputError where the one that is there has other arguments or inputs: its output is not this run's.
+    """
+    wanted = Manifest(stage, json.loads(json.dumps(arguments)), json.loads(json.dumps(inputs)))
+    if path.exists():
+        found = read_manifest(path, stage)
+        _require_same(path, "--{}", found.arguments, wanted.arguments)
+        _require_same(path, "the {}", found.inputs, wanted.inputs)
+        return found
+    _save(path, wanted)
+    return wanted
+
+
+def _require_same(path: Path, wording: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            what = wording.format(name.replace("_", " ") if wording.startswith("the") else name)
+            difference = f"was made with {what} {found.get(name)!r}, this run has {wanted.get(name)!r}"
+            raise InputError(
+                f"{path.parent}: what lies there {difference}; use another folder or delete {path}'s output"
+            )
+
+
+def finish_stage(path: Path, manifest: Manifest, results: dict[str, Any]) -> None:
+    """Mark a stage's output as whole, with its counts."""
+    manifest.complete, manifest.results = True, results
+    _save(path, manifest)
+
+
+def read_finished(path: Path, stage: str) -> Manifest:
+    """The manifest of output that is whole; raises InputError where the stage has not run there, or not to its end."""
+    if not path.is_file():
+        raise InputError(f"{path}: does not exist, so nothing here was made by {stage}; run {stage} first")
+    manifest = read_manifest(path, stage)
+    if not manifest.complete:
+        raise InputError(f"{path}: says that {stage} did not end; run it again, it goes on where it stopped")
+    return manifest
+
+
+def read_manifest(path: Path, stage: str) -> Manifest:
+    """The manifest at `path`; raises InputError where it is damaged or another stage's."""
+    fields = read_json(path)
+    try:
+        manifest = Manifest(**fields)
+    except TypeError as error:
+        raise InputError(f"{path}: is no manifest of {stage}; delete it and run {stage} again") from error
+    is_sound = isinstance(manifest.arguments, dict) and isinstance(manifest.inputs, dict)
+    if manifest.stage != stage or not is_sound or not isinstance(manifest.results, dict):
+        raise InputError(f"{path}: is no manifest of {stage}; delete it and run {stage} again")
+    return manifest
+
+
+def _save(path: Path, manifest: Manifest) -> None:
+    write_json(path, asdict(manifest), indent=2)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder and what is in it, where there is one."""
+    if path.exists():
+        shutil.rmtree(path)

@@ -1,0 +1,200 @@
+"""Language models: load any Hugging Face causal LM, run one forward pass that gives hidden states and logits, tell
+models and tokenizers apart.
+
+The context vector of a position is what the LM head reads there: the last layer's hidden state after the final norm
+(paper section 4). It is taken at the head's input, which is the right place in every architecture.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from utils.files import InputError
+
+# Of each weight file: its size and this many evenly spaced blocks. A file of other weights differs in each of them.
+N_SAMPLED_BLOCKS = 16
+SAMPLED_BLOCK_BYTES = 1 << 16
+# Text on which two tokenizers that are not the same give other ids: spaces, digits, scripts, bytes, control characters.
+PROBE_TEXT = "The  Zürich 12345-token\n\n\tprobe: naïve don't 東京 🙂\u200d x=1;\r\n\x00 ǅ %%"
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """A causal LM in evaluation mode on its device, and what its config says."""
+
+    model: PreTrainedModel
+    name: str
+    hidden_size: int
+    n_positions: int | None  # None: no bound, positions are relative
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def forward(self, input_ids: Tensor, *, logits_to_keep: int = 0, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """One forward pass: hidden states (B, K, D) at the LM head's input and logits (B, K, V), in the model's dtype.
+
+        input_ids (B, T) int64. K = T, or the last `logits_to_keep` positions where it is not 0. Further keywords go
+        to the model: past_key_values, attention_mask, position_ids, use_cache.
+        """
+        if self._slices_logits:
+            kwargs["logits_to_keep"] = logits_to_keep
+        captured: list[Tensor] = []
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+        try:
+            logits = self.model(input_ids=input_ids, **kwargs).logits
+        finally:
+            handle.remove()
+        hidden_states = captured[0].view(len(input_ids), -1, captured[0].shape[-1])
+        if logits_to_keep and not self._slices_logits:
+            hidden_states, logits = hidden_states[:, -logits_to_keep:], logits[:, -logits_to_keep:]
+        return hidden_states, logits
+
+    @property
+    def _slices_logits(self) -> bool:
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `auto` or a torch device string names; raises InputError where this machine has none such."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: not to be had here ({reason}); use cpu or leave the flag out") from error
+    return device
+
+
+def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; raises InputError where the folder or the hub has none."""
+    _require_model_folder(model_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path, cache_dir=cache_dir)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise InputError(f"{model_path}: no tokenizer can be loaded ({_first_line(error)}); add its files") from error
+    except Exception as error:
+        # The Rust tokenizers raise a bare Exception for a damaged tokenizer.json.
+        if type(error) is not Exception:
+            raise
+        raise InputError(f"{model_path}: its tokenizer is damaged ({_first_line(error)}); copy it anew") from error
+    if len(tokenizer) == 0:
+        raise InputError(f"{model_path}: its tokenizer has no tokens; add tokenizer.json or the vocabulary files")
+    return tokenizer
+
+
+def load_config(model_path: str, cache_dir: Path | None = None) -> Any:
+    """The model's config, without its weights; raises InputError where there is none or it is no causal LM's."""
+    _require_model_folder(model_path)
+    try:
+        config = AutoConfig.from_pretrained(model_path, cache_dir=cache_dir)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{model_path}: no model config can be loaded ({_first_line(error)})") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
+        raise InputError(f"{model_path}: is a {config.model_type} model, not a causal LM; give a decoder-only LM")
+    return config
+
+
+def load_lm(model_path: str, device: str = "auto", dtype: str = "auto", cache_dir: Path | None = None) -> CausalLM:
+    """A causal LM ready for inference; raises InputError where weights are missing, damaged or not a causal LM's.
+
+    dtype: auto is the checkpoint's on CUDA and float32 on CPU.
+    """
+    config = load_config(model_path, cache_dir)
+    where = pick_device(device)
+    weights_dtype = ("float32" if where.type == "cpu" else "auto") if dtype == "auto" else dtype
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            model_path, config=config, dtype=weights_dtype, cache_dir=cache_dir, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{model_path}: no weights can be loaded ({_first_line(error)}); copy the model anew"
+        ) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise InputError(f"{model_path}: its weights are damaged ({_first_line(error)}); copy them anew") from error
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{model_path}: {len(missing)} weights are missing, {missing[0]} the first; copy the model anew"
+        )
+    text_config = config.get_text_config()
+    n_positions = getattr(text_config, "max_position_embeddings", None)
+    lm = CausalLM(model.to(where).eval(), model_path, text_config.hidden_size, n_positions)
+    _require_causal(lm)
+    return lm
+
+
+@torch.inference_mode()
+def _require_causal(lm: CausalLM) -> None:
+    """Raise InputError where a later token changes an earlier position's logits, as in BERT."""
+    pair = torch.tensor([[1, 2, 3], [1, 2, 4]], device=lm.device)
+    _, logits = lm.forward(pair, use_cache=False)
+    if not torch.allclose(logits[0, :2], logits[1, :2], atol=1e-2, rtol=1e-2):
+        raise InputError(f"{lm.name}: its first positions read the later ones, so it is not a causal LM")
+
+
+def _require_model_folder(model_path: str) -> None:
+    path = Path(model_path)
+    if path.is_file():
+        raise InputError(f"{model_path}: is a file; give the folder of a model, or its hub name")
+    looks_local = path.is_absolute() or model_path.startswith((".", "~")) or model_path.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise InputError(f"{model_path}: does not exist; give the folder of a model, or its hub name")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# ---- Fingerprints
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The same for tokenizers that give the same ids, whatever their files or names: vocabulary and a probe text."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    probe = tokenizer.encode(PROBE_TEXT, add_special_tokens=False)
+    return hashlib.sha256(repr((vocabulary, probe)).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def model_fingerprint(model_path: str, cache_dir: Path | None = None) -> str:
+    """The same for the same weight files, in a local folder or in the hub's cache; reads about a MiB of each."""
+    digest = hashlib.sha256()
+    for path in _weight_files(model_path, cache_dir):
+        n_bytes = path.stat().st_size
+        digest.update(str(n_bytes).encode())
+        with open(path, "rb") as file:
+            for i in range(N_SAMPLED_BLOCKS):
+                file.seek(max(n_bytes - SAMPLED_BLOCK_BYTES, 0) * i // (N_SAMPLED_BLOCKS - 1))
+                digest.update(file.read(SAMPLED_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def _weight_files(model_path: str, cache_dir: Path | None) -> Iterator[Path]:
+    """The weight files in the order of their names, as `from_pretrained` chooses them."""
+    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        for name in (single, index):
+            found = cached_file(model_path, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+            if found:
+                folder = Path(found).parent
+                pattern = name if name == single else f"*{Path(single).suffix}"
+                yield from sorted(folder.glob(pattern))
+                return
+    raise InputError(f"{model_path}: no weights found ({SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}); copy the model anew")
