@@ -23,3 +23,18 @@ class GenerationStats:
     seconds: float
     lm_seconds: float
     retrieval_seconds: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generation. index: of its prompt; new_token_ids: all after the prompt's, those of the chunks among them."""
+
+    index: int
+    prompt_token_ids: list[int]
+    new_token_ids: list[int]
+    chunks: list[AcceptedChunk]
+    stats: GenerationStats
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.prompt_token_ids + self.new_token_ids
