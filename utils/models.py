@@ -8,7 +8,7 @@ The context vector of a position is what the LM head reads there: the last layer
 import hashlib
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from utils.files import InputError
+from utils.files import InputError, read_json
 
 # Of each weight file: its size and this many evenly spaced blocks. A file of other weights differs in each of them.
 N_SAMPLED_BLOCKS = 16
@@ -27,14 +28,18 @@ SAMPLED_BLOCK_BYTES = 1 << 16
 PROBE_TEXT = "The  Zürich 12345-token\n\n\tprobe: naïve don't 東京 🙂\u200d x=1;\r\n\x00 ǅ %%"
 
 
-@dataclass(frozen=True)
 class CausalLM:
     """A causal LM in evaluation mode on its device, and what its config says."""
 
-    model: PreTrainedModel
-    name: str
-    hidden_size: int
-    n_positions: int | None  # None: no bound, positions are relative
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        self.model, self.name = model.eval(), name
+        self.n_positions = max_positions(model.config)
+        self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._head_inputs: list[Tensor] = []
+        head = model.get_output_embeddings()
+        # Not the config's: some models (OPT 350M) project down before the head.
+        self.hidden_size: int = head.weight.shape[-1]
+        head.register_forward_pre_hook(lambda _, inputs: self._head_inputs.append(inputs[0]))
 
     @property
     def device(self) -> torch.device:
@@ -52,21 +57,12 @@ class CausalLM:
         """
         if self._slices_logits:
             kwargs["logits_to_keep"] = logits_to_keep
-        captured: list[Tensor] = []
-        head = self.model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
-        try:
-            logits = self.model(input_ids=input_ids, **kwargs).logits
-        finally:
-            handle.remove()
-        hidden_states = captured[0].view(len(input_ids), -1, captured[0].shape[-1])
+        self._head_inputs.clear()
+        logits = self.model(input_ids=input_ids, **kwargs).logits
+        hidden_states = self._head_inputs.pop().view(len(input_ids), -1, self.hidden_size)
         if logits_to_keep and not self._slices_logits:
             hidden_states, logits = hidden_states[:, -logits_to_keep:], logits[:, -logits_to_keep:]
         return hidden_states, logits
-
-    @property
-    def _slices_logits(self) -> bool:
-        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
 
 def pick_device(name: str) -> torch.device:
@@ -86,7 +82,8 @@ def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrained
     """The tokenizer of a model; raises InputError where the folder or the hub has none."""
     _require_model_folder(model_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path, cache_dir=cache_dir)
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(model_path, cache_dir=cache_dir)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise InputError(f"{model_path}: no tokenizer can be loaded ({_first_line(error)}); add its files") from error
     except Exception as error:
@@ -103,12 +100,18 @@ def load_config(model_path: str, cache_dir: Path | None = None) -> Any:
     """The model's config, without its weights; raises InputError where there is none or it is no causal LM's."""
     _require_model_folder(model_path)
     try:
-        config = AutoConfig.from_pretrained(model_path, cache_dir=cache_dir)
+        with _quiet():
+            config = AutoConfig.from_pretrained(model_path, cache_dir=cache_dir)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{model_path}: no model config can be loaded ({_first_line(error)})") from error
     if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
         raise InputError(f"{model_path}: is a {config.model_type} model, not a causal LM; give a decoder-only LM")
     return config
+
+
+def max_positions(config: Any) -> int | None:
+    """The longest sequence that the model reads; None: no bound, positions are relative."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_lm(model_path: str, device: str = "auto", dtype: str = "auto", cache_dir: Path | None = None) -> CausalLM:
@@ -120,9 +123,10 @@ def load_lm(model_path: str, device: str = "auto", dtype: str = "auto", cache_di
     where = pick_device(device)
     weights_dtype = ("float32" if where.type == "cpu" else "auto") if dtype == "auto" else dtype
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            model_path, config=config, dtype=weights_dtype, cache_dir=cache_dir, output_loading_info=True
-        )
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                model_path, config=config, dtype=weights_dtype, cache_dir=cache_dir, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{model_path}: no weights can be loaded ({_first_line(error)}); copy the model anew"
@@ -135,9 +139,7 @@ def load_lm(model_path: str, device: str = "auto", dtype: str = "auto", cache_di
         raise InputError(
             f"{model_path}: {len(missing)} weights are missing, {missing[0]} the first; copy the model anew"
         )
-    text_config = config.get_text_config()
-    n_positions = getattr(text_config, "max_position_embeddings", None)
-    lm = CausalLM(model.to(where).eval(), model_path, text_config.hidden_size, n_positions)
+    lm = CausalLM(model.to(where), model_path)
     _require_causal(lm)
     return lm
 
@@ -146,9 +148,35 @@ def load_lm(model_path: str, device: str = "auto", dtype: str = "auto", cache_di
 def _require_causal(lm: CausalLM) -> None:
     """Raise InputError where a later token changes an earlier position's logits, as in BERT."""
     pair = torch.tensor([[1, 2, 3], [1, 2, 4]], device=lm.device)
-    _, logits = lm.forward(pair, use_cache=False)
-    if not torch.allclose(logits[0, :2], logits[1, :2], atol=1e-2, rtol=1e-2):
+    with _quiet():  # hints that come once, with the first forward pass
+        _, logits = lm.forward(pair, use_cache=False)
+    if logits.isnan().any():
+        raise InputError(f"{lm.name}: gives NaN in {_dtype_name(lm)}; use another --dtype")
+    logits = logits.nan_to_num()  # some models give tokens that never come -inf
+    # Only rounding may differ. Even an untrained BERT, whose logits hardly vary, is further off in float32.
+    tolerance = max(1e-3, 4 * torch.finfo(logits.dtype).eps) * float(logits.abs().max())
+    if not float((logits[0, :2] - logits[1, :2]).abs().max()) <= tolerance:
         raise InputError(f"{lm.name}: its first positions read the later ones, so it is not a causal LM")
+
+
+def _dtype_name(lm: CausalLM) -> str:
+    return str(lm.dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bars and hints off stderr meanwhile: what is wrong with a model is said by our errors.
+
+    The bars of downloads are the hub library's own and stay.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    hook = transformers_logging.set_tqdm_hook(lambda _, args, kwargs: transformers_logging.EmptyTqdm(*args, **kwargs))
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(hook)
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _require_model_folder(model_path: str) -> None:
@@ -190,11 +218,27 @@ def model_fingerprint(model_path: str, cache_dir: Path | None = None) -> str:
 def _weight_files(model_path: str, cache_dir: Path | None) -> Iterator[Path]:
     """The weight files in the order of their names, as `from_pretrained` chooses them."""
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        for name in (single, index):
-            found = cached_file(model_path, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
-            if found:
-                folder = Path(found).parent
-                pattern = name if name == single else f"*{Path(single).suffix}"
-                yield from sorted(folder.glob(pattern))
-                return
+        if found := _fetch(model_path, single, cache_dir):
+            yield found
+            return
+        if found := _fetch(model_path, index, cache_dir):
+            for name in _shard_names(found):
+                shard = _fetch(model_path, name, cache_dir)
+                if shard is None:
+                    raise InputError(f"{model_path}: {name} is missing, a part of its weights; copy the model anew")
+                yield shard
+            return
     raise InputError(f"{model_path}: no weights found ({SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}); copy the model anew")
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        return sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: lists no weight files; copy the model anew") from error
+
+
+def _fetch(model_path: str, name: str, cache_dir: Path | None) -> Path | None:
+    """A file of a model, from the hub where it is not here yet; None where the model has none of the name."""
+    found = cached_file(model_path, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None

@@ -1,0 +1,108 @@
+"""The KV cache gives at every step what the same text gives without one, for uneven rows, trees and dropped drafts."""
+
+import pytest
+import torch
+from architectures import tiny_lm
+
+from utils.files import InputError
+from utils.kv_cache import Block, OneRow, SlotRows, open_rows
+from utils.models import CausalLM
+
+SLOTTED = ["gpt2", "llama", "mistral", "qwen2", "gemma2", "gemma3", "opt", "cohere", "granite", "neox"]
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def uncached(lm: CausalLM, text: list[int]) -> torch.Tensor:
+    """Hidden state and logits of the last token, side by side."""
+    hidden_states, logits = lm.forward(torch.tensor([text]), use_cache=False)
+    return torch.cat([hidden_states[0, -1], logits[0, -1]])
+
+
+def close(hidden_state: torch.Tensor, logits: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return torch.allclose(torch.cat([hidden_state, logits]), wanted, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SLOTTED)
+def test_uneven_rows_give_what_each_text_gives_alone(name):
+    lm = tiny_lm(name)
+    rows = open_rows(lm, 3, 40)
+    assert isinstance(rows, SlotRows)
+    texts = [[5, 6, 7, 8, 9, 10, 11], [50], [20, 21, 22]]
+    for row, text in enumerate(texts):
+        assert close(*rows.prefill(row, text), uncached(lm, text))
+    for blocks in (
+        [[1], [2, 3, 4], [5, 6]],
+        [[7], [8], [9]],
+        [[1, 2, 3, 4, 5, 6], [1], [2, 3]],
+        [[3, 4], [4, 5], [6, 7]],
+    ):
+        hidden_states, logits = rows.forward([Block(ids) for ids in blocks], keep_all=False)
+        for row, ids in enumerate(blocks):
+            texts[row] += ids
+            rows.commit(row, list(range(len(ids))))
+            assert close(hidden_states[row][-1], logits[row][-1], uncached(lm, texts[row]))
+
+
+@pytest.mark.parametrize("name", SLOTTED)
+def test_each_tree_node_sees_the_text_and_its_ancestors_alone(name):
+    lm = tiny_lm(name)
+    rows = open_rows(lm, 2, 40)
+    texts = [[5, 6, 7, 8, 9], [20, 21]]
+    for row, text in enumerate(texts):
+        rows.prefill(row, text)
+    #  11 ─┬─ 12 ─┬─ 14 ── 16
+    #      └─ 13  └─ 15
+    tree = Block([11, 12, 13, 14, 15, 16], parents=[-1, 0, 0, 1, 1, 3])
+    paths = [[11], [11, 12], [11, 13], [11, 12, 14], [11, 12, 15], [11, 12, 14, 16]]
+    hidden_states, logits = rows.forward([tree, Block([30, 31])], keep_all=True)
+    for node, path in enumerate(paths):
+        assert close(hidden_states[0][node], logits[0][node], uncached(lm, texts[0] + path))
+    assert close(hidden_states[1][1], logits[1][1], uncached(lm, [20, 21, 30, 31]))
+    # The path 11, 12, 15 is accepted, and of the other row's block the first token.
+    rows.commit(0, [0, 1, 4])
+    rows.commit(1, [0])
+    hidden_states, logits = rows.forward([Block([40, 41]), Block([42])], keep_all=False)
+    assert close(hidden_states[0][-1], logits[0][-1], uncached(lm, [*texts[0], 11, 12, 15, 40, 41]))
+    assert close(hidden_states[1][-1], logits[1][-1], uncached(lm, [20, 21, 30, 42]))
+
+
+def test_a_moved_row_goes_on_where_it_was_and_a_freed_one_starts_anew():
+    lm = tiny_lm("llama")
+    rows = open_rows(lm, 2, 20)
+    rows.prefill(0, [1, 2, 3, 4, 5, 6])
+    rows.prefill(1, [7, 8])
+    rows.move(1, 0)
+    assert close(*rows.prefill(1, [9]), uncached(lm, [9]))
+    hidden_states, logits = rows.forward([Block([10]), Block([11])], keep_all=False)
+    assert close(hidden_states[0][0], logits[0][0], uncached(lm, [7, 8, 10]))
+    assert close(hidden_states[1][0], logits[1][0], uncached(lm, [9, 11]))
+
+
+def test_an_architecture_that_slots_do_not_fit_decodes_one_row_on_its_own_cache():
+    lm = tiny_lm("bloom")
+    rows = open_rows(lm, 4, 40)
+    assert isinstance(rows, OneRow)
+    assert rows.n_rows == 1
+    text = [5, 6, 7]
+    assert close(*rows.prefill(0, text), uncached(lm, text))
+    rows.forward([Block([1, 2, 3])], keep_all=True)
+    rows.commit(0, [0])
+    hidden_states, logits = rows.forward([Block([9, 10])], keep_all=True)
+    assert close(hidden_states[0][1], logits[0][1], uncached(lm, [5, 6, 7, 1, 9, 10]))
+
+
+def test_a_model_whose_cached_text_differs_from_the_uncached_is_refused():
+    with pytest.raises(InputError, match="mamba"):
+        open_rows(tiny_lm("mamba"), 1, 40)
+
+
+def test_block_depths_and_visibility_follow_the_parents():
+    tree = Block([1, 2, 3, 4], parents=[-1, 0, 0, 2])
+    assert tree.depths() == [0, 1, 1, 2]
+    assert tree.visibility().astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
+    assert Block([1, 2]).visibility().astype(int).tolist() == [[1, 0], [1, 1]]

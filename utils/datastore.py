@@ -1,0 +1,284 @@
+"""The datastore as the decode loop reads it: each token trie flattened into one pickle of arrays, loaded on demand.
+
+    {trie folder}/individual_flattened_tries/{id}.pkl    a dict of arrays, pickle protocol 5
+    {trie folder}/individual_flattened_tries/manifest.json
+
+Rows are prefix-sorted over all depths (a chunk before those it is a prefix of), equal chunks by window and position.
+Context vectors are float32 of length 1. Pickles are read by an unpickler that knows arrays and nothing else.
+"""
+
+import pickle
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.files import (
+    InputError,
+    Manifest,
+    begin_stage,
+    file_fingerprint,
+    finish_stage,
+    make_folder,
+    read_finished,
+    read_manifest,
+    remove_folder,
+    replacing,
+    require_file,
+    sole_writer,
+)
+from utils.token_trie import (
+    HIDDEN_STATES_MANIFEST,
+    MANIFEST,
+    TrieRows,
+    entry_token_ids,
+    read_context_vectors,
+    read_trie_rows,
+)
+
+FOLDER = "individual_flattened_tries"
+STAGE = "eval.py"
+SAFE_GLOBALS = {("numpy", "dtype"), ("numpy._core.numeric", "_frombuffer")}
+
+
+@dataclass(frozen=True)
+class TokenTrie:
+    """All chunks of one entry token, prefix-sorted, each with the context vector of its entry token.
+
+    context_vectors (N, D) float32 unit rows; chunk_ids int32, all chunks one after the other, row i's from
+    chunk_offsets[i] to chunk_offsets[i + 1]; windows and positions (N,): where the entry token stands in the text.
+    """
+
+    entry_token_id: int
+    context_vectors: Tensor
+    chunk_ids: np.ndarray
+    chunk_offsets: np.ndarray
+    windows: np.ndarray
+    positions: np.ndarray
+
+    def chunk(self, row: int) -> list[int]:
+        """The token ids of a row's chunk, the entry token not among them."""
+        return self.chunk_ids[self.chunk_offsets[row] : self.chunk_offsets[row + 1]].tolist()
+
+    @property
+    def n_bytes(self) -> int:
+        arrays = (self.chunk_ids, self.chunk_offsets, self.windows, self.positions)
+        return self.context_vectors.nbytes + sum(array.nbytes for array in arrays)
+
+
+class Datastore:
+    """The token tries by entry token. An empty one proposes nothing."""
+
+    def __init__(
+        self, folder: Path, n_rows: dict[int, int], hidden_size: int, device: torch.device, max_bytes: int
+    ) -> None:
+        """n_rows: how many rows each entry token's trie has; max_bytes bounds the tries kept in memory."""
+        self.n_rows, self.hidden_size = n_rows, hidden_size
+        self._folder, self._device, self._max_bytes = folder, device, max_bytes
+        self._kept: OrderedDict[int, TokenTrie] = OrderedDict()
+        self._n_bytes_kept = 0
+
+    @classmethod
+    def of(cls, tries: list[TokenTrie], hidden_size: int) -> "Datastore":
+        """A datastore that is in memory from the start, without files."""
+        n_rows = {trie.entry_token_id: len(trie.windows) for trie in tries}
+        datastore = cls(Path(), n_rows, hidden_size, torch.device("cpu"), 2**63)
+        datastore._kept.update((trie.entry_token_id, trie) for trie in tries)
+        return datastore
+
+    def trie(self, entry_token_id: int) -> TokenTrie | None:
+        """The trie of an entry token or None; the least recently used ones are dropped to keep under the bound."""
+        if entry_token_id not in self.n_rows:
+            return None
+        if entry_token_id in self._kept:
+            self._kept.move_to_end(entry_token_id)
+            return self._kept[entry_token_id]
+        trie = read_flattened(self._folder, entry_token_id, self.hidden_size, self._device)
+        self._kept[entry_token_id] = trie
+        self._n_bytes_kept += trie.n_bytes
+        while self._n_bytes_kept > self._max_bytes and len(self._kept) > 1:
+            self._n_bytes_kept -= self._kept.popitem(last=False)[1].n_bytes
+        return trie
+
+    def load_all(self) -> None:
+        """Move every trie to the device and keep it there, whatever the bound."""
+        self._max_bytes = 2**63
+        for entry_token_id in tqdm(sorted(self.n_rows), desc="loading token tries", unit="trie"):
+            self.trie(entry_token_id)
+
+
+def open_datastore(
+    trie_folder: Path,
+    *,
+    device: torch.device,
+    max_bytes: int,
+    excluded: frozenset[int] = frozenset(),
+    max_rows: int | None = None,
+    reprocess: bool = True,
+) -> Datastore:
+    """The datastore of a trie folder, flattened first where that has not been done.
+
+    excluded: entry tokens left out; max_rows: tries of more rows are left out, None for no bound; reprocess False: the
+    pickles must be there and up to date, InputError otherwise.
+    """
+    source = read_finished(trie_folder / HIDDEN_STATES_MANIFEST, "make_token_trie.py")
+    n_rows = _flatten(trie_folder, reprocess)
+    kept = {
+        token_id: n
+        for token_id, n in n_rows.items()
+        if token_id not in excluded and (max_rows is None or n <= max_rows)
+    }
+    return Datastore(trie_folder / FOLDER, kept, source.inputs["hidden_size"], device, max_bytes)
+
+
+# ---- Flattening
+
+
+def _flatten(trie_folder: Path, reprocess: bool) -> dict[int, int]:
+    """Make the pickles that are missing; returns the rows of each entry token's trie."""
+    folder, path = trie_folder / FOLDER, trie_folder / FOLDER / MANIFEST
+    inputs = {name: file_fingerprint(trie_folder / name) for name in (MANIFEST, HIDDEN_STATES_MANIFEST)}
+    is_current = path.exists() and read_manifest(path, STAGE).inputs == inputs
+    if is_current and (manifest := read_manifest(path, STAGE)).complete:
+        return _rows_by_token(path, manifest)
+    if not reprocess:
+        reason = "are not all there" if is_current or not path.exists() else "were made from another datastore"
+        raise InputError(f"{folder}: the flattened tries {reason}; leave out --no_reprocessing once")
+    make_folder(trie_folder)
+    with sole_writer(trie_folder, "flattening"):
+        if not is_current:
+            remove_folder(folder)
+        manifest = begin_stage(make_folder(folder) / MANIFEST, STAGE, {}, inputs)
+        token_ids = entry_token_ids(trie_folder)
+        n_rows = {}
+        for token_id in tqdm(token_ids, desc="flattening token tries", unit="trie", disable=not token_ids):
+            n_rows[str(token_id)] = _flatten_trie(trie_folder, folder, token_id)
+        finish_stage(path, manifest, {"rows": n_rows})
+        return _rows_by_token(path, manifest)
+
+
+def _rows_by_token(path: Path, manifest: Manifest) -> dict[int, int]:
+    try:
+        return {int(token_id): int(n) for token_id, n in manifest.results["rows"].items()}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: is damaged; delete {path.parent} and run eval.py again") from error
+
+
+def _flatten_trie(trie_folder: Path, folder: Path, token_id: int) -> int:
+    """Write one trie's pickle, unless it is there whole; returns its rows."""
+    path = folder / f"{token_id}.pkl"
+    if path.exists():
+        return len(_read_arrays(path)["windows"])
+    rows = read_trie_rows(trie_folder, token_id)
+    order = prefix_order(rows)
+    lengths = np.diff(rows.chunk_offsets)[order]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    # Position i of the sorted flat array comes from its row's start plus its place in the row.
+    source = np.repeat(rows.chunk_offsets[:-1][order] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    vectors = unit_rows(read_context_vectors(trie_folder, token_id, rows)[order])
+    arrays = {
+        "context_vectors": vectors,
+        "chunk_ids": rows.chunk_ids[source].astype(np.int32),
+        "chunk_offsets": offsets.astype(np.int64),
+        "windows": rows.windows[order].astype(np.int64),
+        "positions": rows.positions[order].astype(np.int32),
+    }
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        pickle.dump(arrays, file, protocol=5)
+    return len(order)
+
+
+def prefix_order(rows: TrieRows) -> np.ndarray:
+    """(N,) int64: the rows by chunk ids, a chunk before those it is a prefix of, then by window and position."""
+    lengths = np.diff(rows.chunk_offsets)
+    n_columns = int(lengths.max(initial=1))
+    table = np.zeros((len(lengths), n_columns), dtype=">u4")
+    is_token = np.arange(n_columns) < lengths[:, None]
+    # Big-endian, one up from 0: bytes compare as the ids do, and a row that ends comes first.
+    table[is_token] = rows.chunk_ids + 1
+    keys = table.view(f"S{4 * n_columns}")[:, 0]
+    by_place = np.lexsort((rows.positions, rows.windows))
+    return by_place[np.argsort(keys[by_place], kind="stable")]
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """(N, D) float32 rows of length 1; a row of zeros stays one, similar to nothing."""
+    exact = vectors.astype(np.float64)
+    norms = np.linalg.norm(exact, axis=1, keepdims=True)
+    return (exact / np.where(norms == 0, 1, norms)).astype(np.float32)
+
+
+# ---- Pickles
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays of numbers; any other object in the file is refused before it is made."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in SAFE_GLOBALS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_flattened(folder: Path, entry_token_id: int, hidden_size: int, device: torch.device) -> TokenTrie:
+    """One token trie from its pickle, its context vectors on the device.
+
+    Raises InputError, which names the file, where it is missing, cut off, not arrays alone or not a trie's arrays.
+    """
+    path = folder / f"{entry_token_id}.pkl"
+    arrays = _read_arrays(path)
+    _require_sound(path, arrays, hidden_size)
+    vectors = torch.from_numpy(arrays.pop("context_vectors")).to(device)
+    return TokenTrie(entry_token_id, vectors, **arrays)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    require_file(path, "flattening makes; leave out --no_reprocessing once")
+    try:
+        with open(path, "rb") as file:
+            arrays = _ArrayUnpickler(file).load()
+    except Exception as error:
+        # A damaged pickle can end in any exception of the objects it names, of which only arrays are allowed.
+        raise InputError(
+            f"{path}: is no pickle of arrays ({error}); delete {path.parent} and run eval.py again"
+        ) from error
+    names = {"context_vectors", "chunk_ids", "chunk_offsets", "windows", "positions"}
+    if not isinstance(arrays, dict) or set(arrays) != names or not all(_is_numbers(a) for a in arrays.values()):
+        raise InputError(f"{path}: does not hold a trie's arrays; delete {path.parent} and run eval.py again")
+    return arrays
+
+
+def _is_numbers(array: Any) -> bool:
+    return isinstance(array, np.ndarray) and array.dtype.kind in "if"
+
+
+def _require_sound(path: Path, arrays: dict[str, np.ndarray], hidden_size: int) -> None:
+    vectors, ids, offsets = arrays["context_vectors"], arrays["chunk_ids"], arrays["chunk_offsets"]
+    n_rows = len(arrays["windows"]) if arrays["windows"].ndim == 1 else -1
+    if vectors.ndim == 2 and vectors.shape[1] != hidden_size:
+        raise InputError(
+            f"{path}: its vectors have size {vectors.shape[1]}, the datastore says {hidden_size}; make it anew"
+        )
+    is_sound = (
+        vectors.shape == (n_rows, hidden_size)
+        and vectors.dtype == np.float32
+        and arrays["positions"].shape == (n_rows,)
+        and ids.ndim == 1
+        and ids.dtype.kind == offsets.dtype.kind == "i"
+        and offsets.shape == (n_rows + 1,)
+        and n_rows >= 1
+        and offsets[0] == 0
+        and offsets[-1] == len(ids)
+        and bool((np.diff(offsets) >= 1).all())
+        and bool((ids >= 0).all())
+        and bool(np.isfinite(vectors).all())
+    )
+    if not is_sound:
+        raise InputError(
+            f"{path}: its arrays do not fit each other or hold NaN; delete {path.parent} and run eval.py again"
+        )

@@ -1,0 +1,351 @@
+"""The KV cache of sequences that advance by different numbers of tokens, as chunks and accepted drafts make them.
+
+`SlotRows` keeps every sequence of a batch in one cache in which slot = position: a token's keys and values go to the
+slot of its position, a mask lets a query see the slots of its own text, and going back is not advancing the length
+(stale slots lie after every query and are overwritten first). A draft tree's nodes lie in consecutive slots; the mask
+lets each see its ancestors, and the accepted path moves to where it belongs. `OneRow` is the model's own cache with
+one sequence, for architectures whose attention the slots do not fit; `open_rows` finds out by running both.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from utils.files import InputError
+from utils.models import CausalLM
+
+# How far the two caches' logits may lie apart for kernel rounding, as a share of the logits' spread.
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+LOGGER = logging.getLogger(__name__)
+_FITS: WeakKeyDictionary[CausalLM, bool] = WeakKeyDictionary()  # what the probe found, once for each model
+
+
+@dataclass(frozen=True)
+class Block:
+    """The tokens of one sequence in one forward pass: certain ones, then a draft tree over the last of them.
+
+    parents[i] is the block index of the token before token i, always less than i; -1 is the text so far. A line where
+    parents is None: each token follows the one before it.
+    """
+
+    token_ids: list[int]
+    parents: list[int] | None = None
+
+    def depths(self) -> list[int]:
+        """Position of each token in the text, counted from the first position of the block."""
+        if self.parents is None:
+            return list(range(len(self.token_ids)))
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    def visibility(self) -> np.ndarray:
+        """(T, T) bool: whether token i (row) sees token j: itself and its ancestors."""
+        n_tokens = len(self.token_ids)
+        if self.parents is None:
+            return np.tri(n_tokens, dtype=bool)
+        seen = np.eye(n_tokens, dtype=bool)
+        for i, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[i] |= seen[parent]
+        return seen
+
+
+class Rows(Protocol):
+    """Sequences on a KV cache, row by row; `lengths` counts the tokens whose keys and values are kept."""
+
+    n_rows: int
+    takes_trees: bool
+    lengths: list[int]
+
+    def prefill(self, row: int, input_ids: list[int]) -> tuple[Tensor, Tensor]:
+        """Start a sequence in a row; hidden state (D,) and logits (V,) of its last token."""
+        ...
+
+    def forward(self, blocks: list[Block], keep_all: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """One pass over the blocks of rows 0 … n-1: each row's hidden states (K, D) and logits (K, V), K = T or 1."""
+        ...
+
+    def commit(self, row: int, path: list[int]) -> None:
+        """Keep these tokens of the row's last block, a path from its first token on; the others are dropped."""
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """Row `target` becomes what row `source` is."""
+        ...
+
+
+def open_rows(lm: CausalLM, n_rows: int, n_slots: int) -> Rows:
+    """Rows for sequences of at most n_slots tokens, drafts included: slots where they fit the model, else one row.
+
+    Raises InputError where neither cache gives what the model gives without one.
+    """
+    if lm not in _FITS:
+        _FITS[lm] = _slots_fit(lm)
+        if not _FITS[lm]:
+            _require_cache(lm, OneRow(lm))
+            LOGGER.warning("%s: its attention takes one sequence at a time and no draft trees", lm.name)
+    return SlotRows(lm, n_rows, n_slots) if _FITS[lm] else OneRow(lm)
+
+
+# ---- Slots
+
+
+class SlotRows:
+    """Any number of sequences in one preallocated cache; takes trees."""
+
+    takes_trees = True
+
+    def __init__(self, lm: CausalLM, n_rows: int, n_slots: int) -> None:
+        self.n_rows, self.lengths = n_rows, [0] * n_rows
+        self._lm = lm
+        # The last slot takes the padding's keys and values and is never looked at.
+        self._placement = _Placement(n_rows, n_slots + 1)
+        self._cache = Cache(layer_class_to_replicate=lambda: _SlotLayer(self._placement))
+        config = lm.model.config.get_text_config()
+        self._layer_types = sorted(set(getattr(config, "layer_types", None) or ()))
+        self._window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        self._additive = config._attn_implementation == "eager"
+
+    def prefill(self, row: int, input_ids: list[int]) -> tuple[Tensor, Tensor]:
+        self._placement.place_line(slice(row, row + 1), 0, len(input_ids))
+        ids = torch.tensor([input_ids], device=self._lm.device)
+        hidden_states, logits = self._lm.forward(ids, logits_to_keep=1, past_key_values=self._cache, use_cache=True)
+        self.lengths[row] = len(input_ids)
+        return hidden_states[0, -1], logits[0, -1]
+
+    def forward(self, blocks: list[Block], keep_all: bool) -> tuple[list[Tensor], list[Tensor]]:
+        n_tokens = [len(block.token_ids) for block in blocks]
+        longest, lengths = max(n_tokens), self.lengths[: len(blocks)]
+        is_even = min(n_tokens) == longest and min(lengths) == max(lengths)
+        is_line = all(block.parents is None for block in blocks)
+        padded = [[0] * (longest - len(block.token_ids)) + block.token_ids for block in blocks]
+        kwargs: dict[str, Any] = {}
+        if is_even and is_line:
+            self._placement.place_line(slice(0, len(blocks)), lengths[0], longest)
+        else:
+            self._placement.place(lengths, n_tokens)
+        if not (is_even and longest == 1 and self._in_window(lengths[0])):
+            positions, masks = self._positions_and_masks(blocks, n_tokens, longest)
+            kwargs = {"position_ids": positions, "attention_mask": masks}
+        hidden_states, logits = self._lm.forward(
+            torch.tensor(padded, device=self._lm.device),
+            logits_to_keep=0 if keep_all else 1,
+            past_key_values=self._cache,
+            use_cache=True,
+            **kwargs,
+        )
+        kept = n_tokens if keep_all else [1] * len(blocks)
+        pairs = [(hidden_states[row, -n:], logits[row, -n:]) for row, n in enumerate(kept)]
+        return [hidden for hidden, _ in pairs], [logit for _, logit in pairs]
+
+    def commit(self, row: int, path: list[int]) -> None:
+        start = self.lengths[row]
+        if path != list(range(len(path))):
+            source = torch.tensor(path, device=self._lm.device) + start
+            for layer in self._cache.layers:
+                for stored in (layer.keys, layer.values):
+                    stored[row, :, start : start + len(path)] = stored[row, :, source]
+        self.lengths[row] = start + len(path)
+
+    def move(self, source: int, target: int) -> None:
+        for layer in self._cache.layers:
+            layer.keys[target] = layer.keys[source]
+            layer.values[target] = layer.values[source]
+        self.lengths[target] = self.lengths[source]
+
+    def _in_window(self, length: int) -> bool:
+        return self._window is None or length < self._window
+
+    def _positions_and_masks(self, blocks: list[Block], n_tokens: list[int], longest: int) -> tuple[Tensor, Any]:
+        """position_ids (B, T) and the attention mask (B, 1, T, kv), or one for each layer type.
+
+        Padding stands on the left, so that each row's last token is the last column; it sees slot 0 alone.
+        """
+        n_rows, kv_length = len(blocks), self._placement.kv_length
+        query_positions = np.zeros((n_rows, longest), dtype=np.int64)
+        key_positions = np.broadcast_to(np.arange(kv_length), (n_rows, kv_length)).copy()
+        allowed = np.zeros((n_rows, longest, kv_length), dtype=bool)
+        allowed[:, :, 0] = True
+        for row, (block, n, length) in enumerate(zip(blocks, n_tokens, self.lengths, strict=False)):
+            depths = np.array(block.depths())
+            query_positions[row, -n:] = length + depths
+            key_positions[row, length : length + n] = length + depths
+            allowed[row, -n:, :length] = True
+            allowed[row, -n:, length : length + n] = block.visibility()
+        positions = torch.from_numpy(query_positions).to(self._lm.device)
+        full = self._as_mask(allowed)
+        if self._window is None:
+            return positions, dict.fromkeys(self._layer_types, full) or full
+        near = key_positions[:, None, :] > query_positions[:, :, None] - self._window
+        # A padding query far behind slot 0 must still see something.
+        near[:, :, 0] |= ~allowed[:, :, 1:].any(axis=2)
+        sliding = self._as_mask(allowed & near)
+        if not self._layer_types:
+            return positions, sliding
+        return positions, {kind: full if kind == "full_attention" else sliding for kind in self._layer_types}
+
+    def _as_mask(self, allowed: np.ndarray) -> Tensor:
+        mask = torch.from_numpy(allowed).to(self._lm.device)[:, None]
+        if not self._additive:
+            return mask
+        lowest = torch.finfo(self._lm.dtype).min
+        return torch.zeros(mask.shape, dtype=self._lm.dtype, device=mask.device).masked_fill_(~mask, lowest)
+
+
+class _Placement:
+    """Where the next forward pass puts its keys and values, and how many slots it looks at; shared by all layers."""
+
+    def __init__(self, n_rows: int, n_slots: int) -> None:
+        self.n_rows, self.n_slots = n_rows, n_slots
+        self.rows = slice(0, n_rows)
+        self.start = 0
+        self.kv_length = 0
+        self.slots: np.ndarray | None = None  # (B, T); None: `start`, `start` + 1, … in every row
+
+    def place_line(self, rows: slice, start: int, n_tokens: int) -> None:
+        self.rows, self.start, self.kv_length, self.slots = rows, start, start + n_tokens, None
+
+    def place(self, lengths: list[int], n_tokens: list[int]) -> None:
+        columns = np.arange(max(n_tokens))
+        starts, counts = np.array(lengths)[:, None], np.array(n_tokens)[:, None]
+        offsets = columns - (len(columns) - counts)
+        self.rows, self.start = slice(0, len(lengths)), max(lengths)
+        self.slots = np.where(offsets >= 0, starts + offsets, self.n_slots - 1)
+        self.kv_length = int((starts + counts).max())
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's keys and values, (rows, heads, slots, head size)."""
+
+    def __init__(self, placement: _Placement) -> None:
+        super().__init__()
+        self._placement = placement
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        sizes = (self._placement.n_rows, self._placement.n_slots)
+        self.keys = key_states.new_zeros(sizes[0], key_states.shape[1], sizes[1], key_states.shape[3])
+        self.values = value_states.new_zeros(sizes[0], value_states.shape[1], sizes[1], value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._write(self.keys, key_states), self._write(self.values, value_states)
+
+    def _write(self, stored: Tensor | None, new: Tensor) -> Tensor:
+        assert stored is not None
+        placement = self._placement
+        rows = stored[placement.rows]
+        if placement.slots is None:
+            rows[:, :, placement.start : placement.start + new.shape[2]] = new
+        else:
+            slots = torch.from_numpy(placement.slots).to(new.device)
+            rows[torch.arange(len(rows), device=new.device)[:, None], :, slots] = new.transpose(1, 2)
+        return rows[:, :, : placement.kv_length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._placement.kv_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._placement.start
+
+    def get_max_length(self) -> int:
+        return self._placement.n_slots
+
+
+# ---- The model's own cache
+
+
+class OneRow:
+    """One sequence on the cache that the model makes itself; drafts are lines."""
+
+    n_rows, takes_trees = 1, False
+
+    def __init__(self, lm: CausalLM) -> None:
+        self.lengths = [0]
+        self._lm = lm
+        self._cache: Any = None
+        self._n_fed = 0
+
+    def prefill(self, row: int, input_ids: list[int]) -> tuple[Tensor, Tensor]:
+        self._cache, self.lengths = DynamicCache(config=self._lm.model.config), [0]
+        self._cache.activate_past_recording()
+        (hidden_states,), (logits,) = self.forward([Block(input_ids)], keep_all=False)
+        self.commit(0, list(range(len(input_ids))))
+        return hidden_states[-1], logits[-1]
+
+    def forward(self, blocks: list[Block], keep_all: bool) -> tuple[list[Tensor], list[Tensor]]:
+        (block,) = blocks
+        assert block.parents is None
+        self._n_fed = len(block.token_ids)
+        ids = torch.tensor([block.token_ids], device=self._lm.device)
+        keep = 0 if keep_all else 1
+        hidden_states, logits = self._lm.forward(ids, logits_to_keep=keep, past_key_values=self._cache, use_cache=True)
+        return [hidden_states[0]], [logits[0]]
+
+    def commit(self, row: int, path: list[int]) -> None:
+        n_dropped = self._n_fed - len(path)
+        if n_dropped and not self._cache.is_croppable:
+            raise InputError(f"{self._lm.name}: its state cannot go back over rejected drafts; use --decoding chunk")
+        if self._cache.is_croppable:
+            self._cache.crop(-n_dropped)
+        self.lengths[0] += len(path)
+
+    def move(self, source: int, target: int) -> None:
+        raise AssertionError("there is only one row")
+
+
+# ---- Which of the two
+
+
+@torch.inference_mode()
+def _slots_fit(lm: CausalLM) -> bool:
+    """Whether uneven rows and a tree on the slots give the logits that the same text gives without a cache."""
+    texts = [_probe_text(lm, 5), _probe_text(lm, 3)]
+    tree, line = Block(_probe_text(lm, 3), parents=[-1, 0, 0]), Block(_probe_text(lm, 2))
+    try:
+        rows = SlotRows(lm, 2, 5 + 3)
+        for row, text in enumerate(texts):
+            rows.prefill(row, text)
+        _, (over_tree, over_line) = rows.forward([tree, line], keep_all=True)
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError):
+        return False
+    root, first, second = tree.token_ids
+    return (
+        _is_as_uncached(lm, over_tree[1], [*texts[0], root, first])
+        and _is_as_uncached(lm, over_tree[2], [*texts[0], root, second])
+        and _is_as_uncached(lm, over_line[1], texts[1] + line.token_ids)
+    )
+
+
+@torch.inference_mode()
+def _require_cache(lm: CausalLM, rows: "OneRow") -> None:
+    """Raise InputError where going on from the model's own cache does not give what the whole text gives."""
+    text, more = _probe_text(lm, 3), _probe_text(lm, 2)
+    rows.prefill(0, text)
+    _, (logits,) = rows.forward([Block(more)], keep_all=False)
+    if not _is_as_uncached(lm, logits[-1], text + more):
+        message = "going on from its cache does not give what the whole text gives, so it cannot be decoded here"
+        raise InputError(f"{lm.name}: {message}; give a model with attention")
+
+
+def _probe_text(lm: CausalLM, n_tokens: int) -> list[int]:
+    vocabulary = lm.model.get_output_embeddings().weight.shape[0]
+    return [(7 * i + 3) % vocabulary for i in range(n_tokens)]
+
+
+def _is_as_uncached(lm: CausalLM, logits: Tensor, text: list[int]) -> bool:
+    _, wanted = lm.forward(torch.tensor([text], device=lm.device), logits_to_keep=1, use_cache=False)
+    difference = (logits.float() - wanted[0, -1].float()).abs().max()
+    # NaN compares false.
+    return bool(difference <= PROBE_TOLERANCE[lm.dtype] * (wanted.float().std() + 1e-6))
