@@ -1,6 +1,10 @@
 """What a generation is, as the decode loop hands it to the results: token ids, accepted chunks, counts and seconds."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+# Token ids to text, as a tokenizer's `decode`.
+Decode = Callable[[list[int]], str]
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,31 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class Generation:
-    """One generation. index: of its prompt; new_token_ids: all after the prompt's, those of the chunks among them."""
+    """One prompt gone on from. index: the caller's number of the prompt; new_token_ids: without the prompt's."""
 
     index: int
-    prompt_token_ids: list[int]
+    prompt_ids: list[int]
     new_token_ids: list[int]
     chunks: list[AcceptedChunk]
     stats: GenerationStats
 
     @property
     def token_ids(self) -> list[int]:
-        return self.prompt_token_ids + self.new_token_ids
+        """The flat list, the prompt's first."""
+        return self.prompt_ids + self.new_token_ids
+
+
+def text_pieces(token_ids: Sequence[int], borders: Sequence[int], decode: Decode) -> list[str]:
+    """The text cut at token borders (ascending): len(borders) + 1 pieces that join to the text of all token ids.
+
+    Each cut is where the text up to the border agrees with the whole, since the pieces decoded one by one would lose
+    leading spaces and turn a character that a border parts into replacement characters.
+    """
+    whole = decode(list(token_ids))
+    cuts = [0]
+    for border in borders:
+        before = decode(list(token_ids[:border]))
+        differing = (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b)
+        cuts.append(max(cuts[-1], next(differing, min(len(before), len(whole)))))
+    ends = [*cuts[1:], len(whole)]
+    return [whole[start:end] for start, end in zip(cuts, ends, strict=True)]
