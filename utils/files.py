@@ -9,16 +9,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from fcntl import LOCK_EX, LOCK_NB, flock
+from fcntl import LOCK_EX, LOCK_NB, flock, lockf
 from importlib.metadata import PackageNotFoundError, version
+from io import TextIOWrapper
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Any, TextIO
 
 BLOCK_BYTES = 1 << 20
+LONGEST_JSON_WORD = 16  # characters of the longest piece that is wrong until its end is read: \ud83d\ude42, -Infinity
 PACKAGES = ("torch", "transformers", "datasets", "h5py", "numpy")
 
 
@@ -34,13 +36,15 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or fix the path"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         # Where the folder itself is missing or not a folder there is nothing to remove.
         with suppress_os_error():
             temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be written ({error.strerror or error}); free space or fix the path")
 
 
 @contextmanager
@@ -82,36 +86,87 @@ def _require(path: Path, is_there: bool, kind: str, made_by: str) -> Path:
 
 
 @contextmanager
-def sole_writer(folder: Path, name: str) -> Iterator[None]:
-    """Refuse a second run of the stage `name` in `folder` while the block runs; a killed run's lock is free again."""
+def sole_writer(folder: Path, name: str, *, wait: bool = False) -> Iterator[None]:
+    """Refuse a second run of the stage `name` in `folder` while the block runs; a killed run's lock is free again.
+
+    wait: let it wait for the first one instead.
+    """
+    with _open_lock(folder, name) as file, _refusing_another(folder):
+        flock(file, LOCK_EX if wait else LOCK_EX | LOCK_NB)
+        yield
+
+
+@contextmanager
+def sole_writer_of_part(folder: Path, name: str, first: int = 0, n_items: int = 0) -> Iterator[None]:
+    """Like `sole_writer`, of the items from `first` on alone: runs of other items may go on at the same time.
+
+    n_items 0: all from there on.
+    """
+    with _open_lock(folder, name) as file, _refusing_another(folder):
+        lockf(file, LOCK_EX | LOCK_NB, n_items, first)
+        yield
+
+
+def _open_lock(folder: Path, name: str) -> TextIO:
     path = folder / f".{name}.lock"
     try:
-        file = open(path, "a")
+        return open(path, "a")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
-    with file:
-        try:
-            flock(file, LOCK_EX | LOCK_NB)
-        except BlockingIOError as error:
-            message = f"{folder}: another run is writing here; wait for it to end or choose another folder"
-            raise InputError(message) from error
+
+
+@contextmanager
+def _refusing_another(folder: Path) -> Iterator[None]:
+    try:
         yield
+    except (BlockingIOError, PermissionError) as error:
+        message = f"{folder}: another run is writing here; wait for it to end or choose another folder"
+        raise InputError(message) from error
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 file open for reading, without its byte order mark; only reading belongs into the block.
+
+    Raises InputError where it cannot be read, and at the byte that is not UTF-8.
+    """
+    try:
+        with open(path, "rb") as raw, TextIOWrapper(raw, encoding="utf-8-sig") as file:
+            try:
+                yield file
+            except UnicodeDecodeError as error:
+                # `error` counts from the start of the block that was read last.
+                byte = raw.tell() - len(error.object) + error.start
+                raise InputError(f"{path}: is not UTF-8 (byte {byte}); save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path and the disk") from error
 
 
 # ---- JSON
 
 
+class JsonText(str):
+    """A value that is JSON text already: `json_list_writer` writes it as it stands."""
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file; raises InputError where it is missing, not UTF-8 or not whole."""
+    return read_json_and_text(path)[0]
+
+
+def read_json_and_text(path: Path) -> tuple[Any, "JsonText"]:
+    """The value in a JSON file and its text; raises InputError as `read_json` does."""
     require_file(path, "holds the JSON")
     with _readable_json(path):
-        return json.loads(path.read_bytes())
+        text = path.read_bytes().decode("utf-8-sig")
+        return json.loads(text), JsonText(text)
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
+    # Not json.dump, which encodes value by value in Python: several times slower.
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=indent)
-        file.write("\n")
+        file.write(text + "\n")
 
 
 def iter_json_list(path: Path) -> Iterator[Any]:
@@ -120,40 +175,42 @@ def iter_json_list(path: Path) -> Iterator[Any]:
     Raises InputError where the file is missing, not UTF-8, not whole or not a list.
     """
     require_file(path, "holds a JSON list")
-    with _readable_json(path), open(path, encoding="utf-8-sig") as file:
+    with _readable_json(path), open_text(path) as file:
         yield from _parse_list(file, path)
 
 
-def _parse_list(file: Any, path: Path) -> Iterator[Any]:
+def _parse_list(file: TextIO, path: Path) -> Iterator[Any]:
     scan = json.JSONDecoder().raw_decode
     buffer, at, block = file.read(BLOCK_BYTES), 0, BLOCK_BYTES
     at = _skip_space(buffer, at)
     if buffer[at : at + 1] != "[":
         got = "is empty" if not buffer.strip() else "holds something else than a list"
         raise InputError(f"{path}: {got}; expected a JSON list")
-    at, after_entry = at + 1, False
+    at, after_entry, n_entries = at + 1, False, 0
     while True:
         at = _skip_space(buffer, at)
         if after_entry and buffer[at : at + 1] == ",":
             at, after_entry = _skip_space(buffer, at + 1), False
-        elif buffer[at : at + 1] == "]":
+        elif buffer[at : at + 1] == "]" and (after_entry or not n_entries):
             if (buffer[at + 1 :] + file.read()).strip():
                 raise InputError(f"{path}: text follows the end of the JSON list; expected nothing there")
             return
         try:
             entry, end = scan(buffer, at)
             # A number may go on in the next block, so an entry counts only once its separator is in sight.
-            separator = _skip_space(buffer, end)
-            is_whole = not after_entry and buffer[separator : separator + 1] in tuple(",]")
-        except json.JSONDecodeError:
-            is_whole = False
+            stop = _skip_space(buffer, end)
+            is_whole = buffer[stop : stop + 1] in tuple(",]")
+        except json.JSONDecodeError as error:
+            is_whole, stop = False, len(buffer) if error.msg.startswith("Unterminated string") else error.pos
         if is_whole:
             yield entry
-            at, after_entry, block = end, True, BLOCK_BYTES
+            at, after_entry, block, n_entries = end, True, BLOCK_BYTES, n_entries + 1
             continue
-        more = file.read(block)
+        # Only what stands at the very end of the buffer can become right with the text that follows.
+        more = file.read(block) if stop > len(buffer) - LONGEST_JSON_WORD else ""
         if not more:
-            raise InputError(f"{path}: the JSON list is cut off or damaged near {buffer[at : at + 40]!r}; make it anew")
+            near = f"after entry {n_entries} of it, near {buffer[at : at + 40]!r}"
+            raise InputError(f"{path}: the JSON list is cut off or damaged {near}; make it anew")
         # `at` may stand behind a comma that is consumed: `after_entry` keeps that.
         buffer, at, block = buffer[at:] + more, 0, block * 2
 
@@ -167,14 +224,29 @@ def _skip_space(text: str, at: int) -> int:
 def write_json_list(path: Path, entries: Iterable[Any]) -> int:
     """Write a JSON list, one entry a line, as the entries come; returns how many there were."""
     n_entries = 0
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write("[")
+    with json_list_writer(path) as write:
         for entry in entries:
-            file.write(",\n" if n_entries else "\n")
-            file.write(json.dumps(entry, ensure_ascii=False))
+            write(entry)
             n_entries += 1
-        file.write("\n]\n")
     return n_entries
+
+
+@contextmanager
+def json_list_writer(path: Path) -> Iterator[Callable[[Any], None]]:
+    """A function that writes the next entry of a JSON list, one a line; the file is there when the block ends."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        before = "[\n"
+
+        def write(entry: Any) -> None:
+            nonlocal before
+            try:
+                file.write(before + (entry if isinstance(entry, JsonText) else json.dumps(entry, ensure_ascii=False)))
+            except OSError as error:  # raised here, it names the right one of several files that are written at once
+                raise _unwritable(path, error) from error
+            before = ",\n"
+
+        yield write
+        file.write("\n]\n" if before == ",\n" else "[\n]\n")
 
 
 @contextmanager
@@ -188,6 +260,9 @@ def _readable_json(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: is not whole JSON ({error.msg} at {place}); mend it or make it anew") from error
     except RecursionError as error:
         raise InputError(f"{path}: JSON is nested too deeply; expected a few levels") from error
+    except ValueError as error:
+        # Python reads no integer of more than 4300 digits.
+        raise InputError(f"{path}: holds JSON that cannot be read ({error}); mend it") from error
 
 
 # ---- Manifests

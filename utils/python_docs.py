@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Left out because distributions ship them apart from Python, or patch them.
-OMITTED_MODULES = frozenset(
+_OMITTED = (
     "__future__ _sysconfigdata antigravity distutils ensurepip idlelib lib2to3 pydoc_data sysconfig test this tkinter "
-    "turtle turtledemo venv".split()
+    "turtle turtledemo venv"
 )
+OMITTED_MODULES = frozenset(_OMITTED.split())
 # Of 100 hash values: the first 90 are train, then 5 each.
 SPLIT_BOUNDS = {"train": 90, "validation": 95, "test": 100}
 
