@@ -1,0 +1,219 @@
+"""The shell scripts' flags, and the embedded example's prompts. What needs an installation or minutes is not run."""
+
+import importlib.util
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from utils.files import InputError
+from utils.prompts import read_prompts
+from utils.python_docs import split_of
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("run_pipeline.sh", "run_tests.sh", ".ci/run")
+STAGES = (
+    "preprocess_dataset.py",
+    "extract_token_probs_and_memmap.py",
+    "save_token_trie_info.py",
+    "make_token_trie.py",
+    "eval.py",
+)
+
+
+def pipeline(
+    *flags: object, folder: Path = ROOT, script: Path = ROOT / "run_pipeline.sh"
+) -> subprocess.CompletedProcess:
+    command = ["bash", str(script), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_is_executable_and_parses(script: str) -> None:
+    assert os.access(ROOT / script, os.X_OK)
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+def test_help_lists_the_flags_and_does_nothing(tmp_path: Path) -> None:
+    shown = pipeline("--help", folder=tmp_path)
+    assert shown.returncode == 0
+    for flag in ("--model_gen", "--model_ds", "--dataset", "--similarity_threshold", "--output_dir", "--prompt_file"):
+        assert flag in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 120
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_flag_that_help_lists_is_one(tmp_path: Path) -> None:
+    listed = {word for word in pipeline("--help").stdout.split() if word.startswith("--")}
+    for flag in sorted(listed):
+        # Not a refusal of the flag: a flag that takes a value lacks it here, the others meet a flag that is none.
+        refused = pipeline(flag.strip(",;)"), "--nope").stderr
+        assert f"'{flag}'" not in refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--nope"], "unknown flag '--nope'"),
+        (["--nope=3"], "unknown flag '--nope'"),
+        (["stray"], "unknown flag 'stray'"),
+        (["--dataset"], "--dataset needs a value"),
+        (["--dataset="], "--dataset needs a value"),
+        (["--dataset", "--chat"], "--dataset needs a value"),
+        (["--input_files"], "--input_files needs a value"),
+        (["--prompt_file", "none.json"], "none.json: is no file"),
+        (["--model_gen", "./none"], "./none: is no folder"),
+        (["--model_gen", "a/model", "--model_ds", "b/model"], "have one name"),
+    ],
+)
+def test_wrong_flags_end_the_pipeline_before_anything_is_made(tmp_path: Path, flags: list[str], message: str) -> None:
+    refused = pipeline(*flags, folder=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("run_pipeline.sh: error: ")
+    assert message in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert refused.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the pipeline whose Python only notes the commands that it is given, in a folder with a space."""
+    root = tmp_path / "a checkout"
+    (root / "utils").mkdir(parents=True)
+    (root / ".venv/bin").mkdir(parents=True)
+    (root / "examples/models/large").mkdir(parents=True)
+    (root / "examples/prompts.json").write_text("[]")
+    for name in ("run_pipeline.sh", "utils/venv.sh", "requirements.txt", "requirements-dev.txt"):
+        (root / name).write_bytes((ROOT / name).read_bytes())
+    (root / ".venv/.installed-requirements.txt").write_text(
+        (root / "requirements-dev.txt").read_text() + (root / "requirements.txt").read_text()
+    )
+    python = root / ".venv/bin/python"
+    python.write_text(
+        '#!/usr/bin/env bash\necho "$*" >>"$(dirname "$0")/commands"\nif [[ $* == *"$FAIL"* ]]; then exit 3; fi\n'
+    )
+    python.chmod(0o755)
+    return root
+
+
+def commands(checkout: Path) -> list[str]:
+    """What the pipeline had Python run, without the checks of the flags."""
+    lines = (checkout / ".venv/bin/commands").read_text().splitlines()
+    return [line for line in lines if not line.endswith("--help")]
+
+
+@pytest.fixture
+def no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAIL", "none fails")
+
+
+@pytest.mark.usefixtures("no_failure")
+def test_example_runs_the_five_stages_and_shows_them(checkout: Path) -> None:
+    done = pipeline(folder=checkout, script=checkout / "run_pipeline.sh")
+    assert done.returncode == 0, done.stderr
+    ran = [Path(line.split(".py")[0]).name + ".py" for line in commands(checkout)]
+    assert ran == list(STAGES)
+    shown = [line for line in done.stdout.splitlines() if line.startswith("+ python ")]
+    assert len(shown) == 5
+    assert commands(checkout)[1].endswith(
+        "--partition train --save_hidden_states --construct_memmap --discard_intermediates"
+    )
+    assert "--compare_baseline" in commands(checkout)[4]
+
+
+@pytest.mark.usefixtures("no_failure")
+def test_distillation_reads_the_text_with_both_models(checkout: Path, tmp_path: Path) -> None:
+    models = [tmp_path / name for name in ("teacher", "student")]
+    for model in models:
+        model.mkdir()
+    flags = ("--model_ds", models[0], "--model_gen", f"{models[1]}/", "--output_dir", tmp_path / "out/", "--top_k=5")
+    done = pipeline(*flags, folder=tmp_path, script=checkout / "run_pipeline.sh")
+    assert done.returncode == 0, done.stderr
+    _, of_student, of_teacher, chunks, tries, evaluation = commands(checkout)
+    assert f"--model_path {models[1]} " in of_student
+    assert "--construct_memmap" in of_student
+    assert f"--model_path {models[0]} " in of_teacher
+    assert "hidden" not in of_teacher
+    assert f"--token_prob_dir {tmp_path}/out/extracted/teacher/train " in chunks
+    assert f"--model_name {models[0]} " in chunks
+    assert f"--all_hidden_states_path {tmp_path}/out/extracted/student/train.h5" in tries
+    assert "--model_ds teacher --model_gen student" in tries
+    assert f"--model_path {models[1]} " in evaluation
+    assert "--top_k 5" in evaluation
+
+
+@pytest.mark.usefixtures("no_failure")
+def test_own_files_get_prompts_cut_from_their_test_split(checkout: Path, tmp_path: Path) -> None:
+    done = pipeline("--input_files", "a b.txt", "c.txt", "--chat", folder=tmp_path, script=checkout / "run_pipeline.sh")
+    assert done.returncode == 0, done.stderr
+    first, *_, cut, evaluation = commands(checkout)
+    assert "--dataset local" in first
+    assert "--input_files a b.txt c.txt" in first
+    assert "make_prompts.py --data_file" in cut
+    assert "output/local/prompts.json" in evaluation
+
+
+def test_failing_stage_stops_the_pipeline_with_its_status(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAIL", "save_token_trie_info.py --token_prob_dir")
+    done = pipeline(folder=checkout, script=checkout / "run_pipeline.sh")
+    assert done.returncode == 3
+
+
+def test_wrong_value_for_the_last_stage_stops_before_the_first(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAIL", "--similarity_threshold 7")
+    done = pipeline("--similarity_threshold", 7, folder=checkout, script=checkout / "run_pipeline.sh")
+    assert done.returncode == 3
+    assert commands(checkout) == []
+
+
+# ---- The example's prompts
+
+
+@pytest.fixture(scope="module")
+def make_prompts() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_prompts", ROOT / "examples/make_prompts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_example_prompts_are_held_out() -> None:
+    prompts = read_prompts(ROOT / "examples/prompts.json")
+    assert len(prompts) == 16
+    headings = [prompt.text.split("\n")[0] for prompt in prompts]
+    modules = [heading.removeprefix("Module ") for heading in headings if heading.startswith("Module ")]
+    assert len(modules) == 13
+    assert {split_of(module) for module in modules} == {"test"}
+
+
+def test_prompts_are_the_same_each_time_and_end_with_a_word(make_prompts: ModuleType, tmp_path: Path) -> None:
+    for name in ("one.json", "other.json"):
+        make_prompts.main(["--output_file", str(tmp_path / name), "--n_prompts", "5", "--n_characters", "100"])
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "other.json").read_bytes()
+    prompts = json.loads((tmp_path / "one.json").read_text())
+    assert len(prompts) == 5
+    assert all(0 < len(prompt) <= 100 and prompt == prompt.rstrip() for prompt in prompts)
+
+
+def test_prompt_is_cut_at_the_last_whole_word(make_prompts: ModuleType) -> None:
+    cut: Callable[..., list[str]] = make_prompts.cut_prompts
+    assert cut(["ab cd efgh ij kl mn"], 3, 6) == ["ab cd"]
+    assert cut(["ab cdef gh ij kl mn op"], 3, 7) == ["ab cdef"]
+    assert cut(["東京は日本の首都です"], 1, 3) == ["東京は"]
+    assert cut(["too short"], 1, 6) == []
+    assert cut([f"{letter} " * 9 for letter in "abcdef"], 3, 1) == ["a", "c", "e"]
+
+
+def test_text_without_long_documents_is_refused(make_prompts: ModuleType, tmp_path: Path) -> None:
+    data = tmp_path / "test.json"
+    for content, message in (([{"text": "short"}], "no document of 780 characters"), ([{"txt": ""}], "has no text")):
+        data.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=message):
+            make_prompts.main(["--output_file", str(tmp_path / "p.json"), "--data_file", str(data)])
