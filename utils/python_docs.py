@@ -25,8 +25,14 @@ SPLIT_BOUNDS = {"train": 90, "validation": 95, "test": 100}
 
 def python_docs(split: str) -> Iterator[str]:
     """The documents of one split, `train`, `validation` or `test`: first the reference by topic, then by module."""
-    for name, text in _documents():
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
         if split_of(name) == split:
+            yield topics[name].strip() + "\n"
+    for name, path in _modules():
+        # Asked before the module is parsed, which is where the time goes.
+        if split_of(name) == split and (text := _module_text(name, path)):
             yield text
 
 
@@ -36,18 +42,13 @@ def split_of(name: str) -> str:
     return next(split for split, bound in SPLIT_BOUNDS.items() if value < bound)
 
 
-def _documents() -> Iterator[tuple[str, str]]:
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield name, topics[name].strip() + "\n"
+def _modules() -> Iterator[tuple[str, Path]]:
+    """The dotted name and the source file of each module of the standard library."""
     library = Path(sysconfig.get_path("stdlib"))
     for module in sorted(sys.stdlib_module_names - OMITTED_MODULES):
         for path in _source_files(library, module):
             parts = path.relative_to(library).with_suffix("").parts
-            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            if text := _module_text(name, path):
-                yield name, text
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
 def _source_files(library: Path, module: str) -> list[Path]:
