@@ -10,9 +10,11 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -49,12 +51,18 @@ class CausalLM:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
-    def forward(self, input_ids: Tensor, *, logits_to_keep: int = 0, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input_ids: Tensor, *, logits_to_keep: int = 0, all_hidden: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """One forward pass: hidden states (B, K, D) at the LM head's input and logits (B, K, V), in the model's dtype.
 
-        input_ids (B, T) int64. K = T, or the last `logits_to_keep` positions where it is not 0. Further keywords go
-        to the model: past_key_values, attention_mask, position_ids, use_cache.
+        input_ids (B, T) int64. K = T, or the last `logits_to_keep` positions where it is not 0; with `all_hidden` the
+        hidden states are those of all T all the same. Further keywords go to the model: past_key_values,
+        attention_mask, position_ids, use_cache.
         """
+        if all_hidden:
+            hidden_states, logits = self.forward(input_ids, **kwargs)
+            return hidden_states, logits[:, -logits_to_keep:]
         if self._slices_logits:
             kwargs["logits_to_keep"] = logits_to_keep
         self._head_inputs.clear()
@@ -84,14 +92,15 @@ def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrained
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(model_path, cache_dir=cache_dir)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise InputError(f"{model_path}: no tokenizer can be loaded ({_first_line(error)}); add its files") from error
     except Exception as error:
         # The Rust tokenizers raise a bare Exception for a damaged tokenizer.json.
         if type(error) is not Exception:
             raise
         raise InputError(f"{model_path}: its tokenizer is damaged ({_first_line(error)}); copy it anew") from error
-    if len(tokenizer) == 0:
+    # Where there are no files some kinds of tokenizer come with their special tokens alone.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"{model_path}: its tokenizer has no tokens; add tokenizer.json or the vocabulary files")
     return tokenizer
 
@@ -102,7 +111,7 @@ def load_config(model_path: str, cache_dir: Path | None = None) -> Any:
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(model_path, cache_dir=cache_dir)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise InputError(f"{model_path}: no model config can be loaded ({_first_line(error)})") from error
     if type(config) not in AutoModelForCausalLM._model_mapping or config.is_encoder_decoder:
         raise InputError(f"{model_path}: is a {config.model_type} model, not a causal LM; give a decoder-only LM")
@@ -112,6 +121,22 @@ def load_config(model_path: str, cache_dir: Path | None = None) -> Any:
 def max_positions(config: Any) -> int | None:
     """The longest sequence that the model reads; None: no bound, positions are relative."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def require_windows_fit(config: Any, model_path: str, chunk_size: int) -> None:
+    """Raise InputError where the model cannot read windows of `chunk_size` tokens."""
+    n_positions = max_positions(config)
+    if n_positions is not None and chunk_size > n_positions:
+        message = f"--chunk_size {chunk_size}: {model_path} reads {n_positions} tokens at most"
+        raise InputError(f"{message}; give --chunk_size and --stride of at most that")
+
+
+def require_known_ids(config: Any, model_path: str, largest_id: int) -> None:
+    """Raise InputError where the tokenizer gives ids for which the model has no embedding."""
+    n_ids = config.get_text_config().vocab_size
+    if largest_id >= n_ids:
+        message = f"{model_path}: its tokenizer gives token id {largest_id}, but its model knows only {n_ids} ids"
+        raise InputError(f"{message}; put the model's own tokenizer into the folder")
 
 
 def load_lm(model_path: str, device: str = "auto", dtype: str = "auto", cache_dir: Path | None = None) -> CausalLM:
@@ -124,13 +149,16 @@ def load_lm(model_path: str, device: str = "auto", dtype: str = "auto", cache_di
     weights_dtype = ("float32" if where.type == "cpu" else "auto") if dtype == "auto" else dtype
     try:
         with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 model_path, config=config, dtype=weights_dtype, cache_dir=cache_dir, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
+            model, report = loaded
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(
             f"{model_path}: no weights can be loaded ({_first_line(error)}); copy the model anew"
         ) from error
+    except UnpicklingError as error:
+        raise InputError(f"{model_path}: its weights are damaged, or more than weights; copy them anew") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
