@@ -1,0 +1,191 @@
+"""Windows: the slices of a passage that the LM reads in one forward pass, and the batches in which it reads them.
+
+A window starts every `stride` tokens of a passage and holds at most `chunk_size`; one that would hold no new token is
+not made. What is to be read is planned before anything is computed (`plan_windows`, `plan_batches`), so that the plan
+depends on the text, the tokenizer and the flags alone, and never on what an earlier run left on disk.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.files import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from utils.corpora import Passage
+
+# Passages are tokenised together until they hold this many characters: enough for all of a fast tokenizer's threads.
+TOKENIZED_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class WindowShape:
+    """How passages are cut: tokens of a window, tokens from one start to the next, tokens of the shortest passage."""
+
+    chunk_size: int
+    stride: int
+    min_length: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stride <= self.chunk_size:
+            message = f"--stride {self.stride}: expected 1 to the --chunk_size of {self.chunk_size}"
+            raise InputError(f"{message}, or tokens between two windows would be left out")
+
+    def bounds(self, n_tokens: int) -> list[tuple[int, int]]:
+        """First token and end of each window of a passage; empty where the passage is too short."""
+        if n_tokens < max(self.min_length, 1):
+            return []
+        # A window after the first is made only where the one before stops short of the passage's end.
+        starts = range(0, max(n_tokens - self.chunk_size + self.stride, 1), self.stride)
+        return [(start, min(start + self.chunk_size, n_tokens)) for start in starts]
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """All windows of a text, numbered in its order; the token ids lie in a memory-mapped file, the bounds in memory."""
+
+    passage_tokens: np.ndarray  # (S,) int32: the passages one after the other
+    starts: np.ndarray  # (N,) int64: where each window begins in them
+    lengths: np.ndarray  # (N,) int64
+    n_passages: int  # that have windows
+    n_short_passages: int  # left out
+    largest_id: int
+    fingerprint: str  # SHA-256 over each window's length and ids, in order
+
+    @property
+    def n_windows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all windows: those that two windows share count twice."""
+        return int(self.lengths.sum())
+
+    def token_ids(self, window: int) -> np.ndarray:
+        """(L,) int32, one window's."""
+        start = self.starts[window]
+        return self.passage_tokens[start : start + self.lengths[window]]
+
+    def batch_token_ids(self, windows: np.ndarray) -> np.ndarray:
+        """(B, L) int32, the windows of one batch, which are equally long."""
+        return np.stack([self.token_ids(window) for window in windows])
+
+
+def window_bytes(token_ids: np.ndarray) -> bytes:
+    """What a window, token_ids (L,), adds to the fingerprint of all windows: its length and its ids."""
+    return len(token_ids).to_bytes(8, "little") + token_ids.astype("<i4").tobytes()
+
+
+def plan_windows(
+    passages: Iterable["Passage"],
+    tokenizer: "PreTrainedTokenizerBase",
+    shape: WindowShape,
+    folder: Path,
+    n_bytes: int | None = None,
+) -> WindowPlan:
+    """Tokenise a text and cut it into windows, in memory that holds a few passages and 16 bytes a window.
+
+    The ids go to an unnamed file in `folder`, which vanishes with the plan or with the process. n_bytes: the text's
+    size, for the progress bar. Raises InputError where no passage is long enough, or the folder's disk is full.
+    """
+    bar = tqdm(total=n_bytes, desc="tokenising", unit="B", unit_scale=True, disable=n_bytes is None)
+    try:
+        with bar, tempfile.TemporaryFile(dir=folder) as file:
+            draft = _Draft(shape, file)
+            for texts in _grouped(passages):
+                encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+                for token_ids in encoded["input_ids"]:
+                    draft.add(np.array(token_ids, dtype=np.int32))
+                bar.update(sum(map(len, texts)))
+            bar.update(max((n_bytes or 0) - bar.n, 0))  # what JSON adds to the text, escapes and braces
+            return draft.plan()
+    except OSError as error:
+        message = f"{folder}: the text's token ids cannot be written there ({error.strerror})"
+        raise InputError(f"{message}; free space or choose another folder") from error
+
+
+@dataclass
+class _Draft:
+    """A plan that grows by one passage at a time."""
+
+    shape: WindowShape
+    file: IO[bytes]
+    n_written: int = 0
+    n_passages: int = 0
+    n_short_passages: int = 0
+    n_longest: int = 0
+    largest_id: int = 0
+    starts: list[np.ndarray] = field(default_factory=list)
+    lengths: list[np.ndarray] = field(default_factory=list)
+    digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+
+    def add(self, token_ids: np.ndarray) -> None:
+        bounds = self.shape.bounds(len(token_ids))
+        self.n_longest = max(self.n_longest, len(token_ids))
+        if not bounds:
+            self.n_short_passages += 1
+            return
+        self.n_passages += 1
+        self.largest_id = max(self.largest_id, int(token_ids.max()))
+        for start, end in bounds:
+            self.digest.update(window_bytes(token_ids[start:end]))
+        starts, ends = np.array(bounds, dtype=np.int64).T
+        self.starts.append(self.n_written + starts)
+        self.lengths.append(ends - starts)
+        self.file.write(token_ids.tobytes())
+        self.n_written += len(token_ids)
+
+    def plan(self) -> WindowPlan:
+        if not self.starts:
+            longest = f"the longest of its {self.n_short_passages} passages has {self.n_longest}"
+            wanted = f"the {self.shape.min_length} tokens of --min_length"
+            raise InputError(f"the text has no passage of {wanted} ({longest}); lower it or give another text")
+        self.file.flush()
+        return WindowPlan(
+            np.memmap(self.file, dtype=np.int32, mode="r", shape=(self.n_written,)).view(np.ndarray),
+            np.concatenate(self.starts),
+            np.concatenate(self.lengths),
+            self.n_passages,
+            self.n_short_passages,
+            self.largest_id,
+            self.digest.hexdigest(),
+        )
+
+
+def _grouped(passages: Iterable["Passage"]) -> Iterator[list[str]]:
+    """The passages' texts in order, as many at a time as make up `TOKENIZED_CHARACTERS`."""
+    texts: list[str] = []
+    n_characters = 0
+    for passage in passages:
+        texts.append(passage.text)
+        n_characters += len(passage.text)
+        if n_characters >= TOKENIZED_CHARACTERS:
+            yield texts
+            texts, n_characters = [], 0
+    if texts:
+        yield texts
+
+
+def plan_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """The windows in batches of at most `batch_size` equally long ones, so that no token is padding.
+
+    lengths (N,). Each batch is int64, ascending; batches come in the order of their first windows. A function of the
+    arguments alone: the last bits of what a model computes depend on who shares a batch, so a run that goes on where
+    another was cut off must form the same batches to write the same bytes.
+    """
+    order = np.argsort(lengths, kind="stable")
+    changes = np.flatnonzero(np.diff(lengths[order])) + 1
+    batches = [
+        windows[first : first + batch_size]
+        for windows in np.split(order, changes)
+        for first in range(0, len(windows), batch_size)
+    ]
+    return sorted(batches, key=lambda windows: int(windows[0]))
