@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.files import InputError, require_file
+from utils.files import InputError, open_text, require_file
 
 if TYPE_CHECKING:  # a prompt file is checked before anything heavy is imported
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     Of an object, `prompt` or `text` is the prompt, or the first of its `turns`. Raises InputError where the file is
     missing, not UTF-8, not whole, has no prompts, or one of them is empty or not a text.
     """
-    text = _read_text(path)
+    with open_text(require_file(path, "holds the prompts")) as file:
+        text = file.read()
     if not text.strip():
         raise InputError(f"{path}: is empty; expected {LAYOUTS}")
     if text.lstrip()[0] == "[":
@@ -51,13 +52,6 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not entries:
         raise InputError(f"{path}: is a list without prompts; expected {LAYOUTS}")
     return [Prompt(_prompt_text(path, index, entry), index, path) for index, entry in enumerate(entries)]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return require_file(path, "holds the prompts").read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
 
 
 def _parse_json(text: str, path: Path, first_line: int) -> Any:
