@@ -255,4 +255,4 @@ Generations and summary          $save_dir
 END
 }
 
-main "$@"
+main "$@"; exit    # on one line: bash has read it whole, should the file change during the run
