@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The five stages, one after the other, from a dataset to generations with retrieved chunks; see --help.
+# shellcheck disable=SC2329    # the functions of the stages are called by name
 set -euo pipefail
 
 self=${BASH_SOURCE[0]}

@@ -303,7 +303,8 @@ def read_run(save_dir: Path, index: int, name: str) -> Generation:
     prompt_ids = _prompt_ids(results, name)
     phrases = generation.get(f"{name}_retrieved_phrases", [])
     chunks = [AcceptedChunk(phrase["position"], phrase["token_ids"], phrase["similarity"]) for phrase in phrases]
-    stats = GenerationStats(metrics["forward_passes"], *(float(metrics[key]) for key in SECONDS))
+    seconds, lm_seconds, retrieval_seconds = (float(metrics[key]) for key in SECONDS)
+    stats = GenerationStats(metrics["forward_passes"], seconds, lm_seconds, retrieval_seconds)
     return Generation(index, prompt_ids, generation[f"{name}_tokens"][len(prompt_ids) :], chunks, stats)
 
 
