@@ -91,8 +91,9 @@ def sole_writer(folder: Path, name: str, *, wait: bool = False) -> Iterator[None
 
     wait: let it wait for the first one instead.
     """
-    with _open_lock(folder, name) as file, _refusing_another(folder):
-        flock(file, LOCK_EX if wait else LOCK_EX | LOCK_NB)
+    with _open_lock(folder, name) as file:
+        with _refusing_another(folder):
+            flock(file, LOCK_EX if wait else LOCK_EX | LOCK_NB)
         yield
 
 
@@ -102,8 +103,9 @@ def sole_writer_of_part(folder: Path, name: str, first: int = 0, n_items: int = 
 
     n_items 0: all from there on.
     """
-    with _open_lock(folder, name) as file, _refusing_another(folder):
-        lockf(file, LOCK_EX | LOCK_NB, n_items, first)
+    with _open_lock(folder, name) as file:
+        with _refusing_another(folder):
+            lockf(file, LOCK_EX | LOCK_NB, n_items, first)
         yield
 
 

@@ -1,0 +1,145 @@
+"""Stage 3: cut the runs of tokens that the LM was sure of out of a text, as token tries.
+
+Reads   TOKEN_PROB_DIR/token_probs_{i}.json    what stage 2 wrote for one partition, and its manifest beside that folder
+Writes  OUTPUT_DIR/{model_ds}_{dataset}_{partition}_token_prob_list.json            one window a line
+        OUTPUT_DIR/{model_ds}_{dataset}_{partition}_all_phrases_{γ}.json            [[entry, c1, …], …], not cut
+        OUTPUT_DIR/{model_ds}_{dataset}_{partition}_all_filtered_tok_probs_{γ}.json the same as rows of token_probs
+        OUTPUT_DIR/token_trie_{dataset}_DS{model_ds}_H{model_gen}/{partition}_{γ}/
+            {id}.json           {depth: [[entry, c1, …], …]} token ids, per entry token
+            tok_pos_{id}.json   {depth: [[chunk id, position], …]} of the entry tokens, row for row
+            manifest.json       what all this was made from
+Run     python save_token_trie_info.py --token_prob_dir out/train --output_dir tries --model_name gpt2 \\
+            --dataset_name wikitext-103-v1 --model_ds gpt2 --model_gen gpt2 --partition train --tok_prob_threshold 0.9
+
+Run again after an interruption, it goes on where it was.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from utils.chunk_lists import ChunkListPaths, ChunkRule, Corpus, write_chunk_lists
+from utils.cli import Parser, add_cache_dir, add_datastore_labels, non_negative_int, run_script
+from utils.files import InputError, Manifest, begin_stage, finish_stage, make_folder, require_folder, sole_writer
+from utils.token_probs import read_extraction, windows_with_token_probs
+from utils.token_trie import MANIFEST, STAGE, entry_token_ids, require_no_strays, trie_folder_path, write_tries
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--token_prob_dir", type=Path, required=True, help="stage 2's {output_dir}/{partition}, or its --output_dir"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the lists and the token tries")
+    parser.add_argument(
+        "--model_name", required=True, help="folder or hub name of stage 2's tokenizer; no weights are read"
+    )
+    add_cache_dir(parser)
+    add_datastore_labels(parser, "--dataset_name")
+    parser.add_argument(
+        "--max_chunk_length", type=non_negative_int, default=64, help="tokens at which a chunk is cut; 0: not cut"
+    )
+    parser.add_argument(
+        "--skip_first_tokens",
+        type=non_negative_int,
+        help="tokens of each window that are context only (default: stage 2's --chunk_size less its --stride)",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    token_prob_dir, extraction = find_token_probs(args.token_prob_dir, args.partition)
+    if args.skip_first_tokens is None:
+        args.skip_first_tokens = extraction.arguments["chunk_size"] - extraction.arguments["stride"]
+    n_token_ids = check_tokenizer(args, extraction)
+    corpus = Corpus(
+        token_prob_dir, extraction.results["n_windows"], extraction.results["windows_fingerprint"], n_token_ids
+    )
+    make_folder(args.output_dir)
+    with sole_writer(args.output_dir, "token_tries"):
+        run(args, corpus, extraction)
+
+
+def find_token_probs(given: Path, partition: str) -> tuple[Path, Manifest]:
+    """Stage 2's folder of the partition, where no window lacks its file, and its manifest."""
+    given = require_folder(given, "extract_token_probs_and_memmap.py wrote").absolute()
+    name = f"{partition}_manifest.json"
+    folder = given if given.name == partition and (given.parent / name).is_file() else given / partition
+    if not (folder.parent / name).is_file():
+        expected = f"stage 2's folder of the partition {partition}, with {name} beside it"
+        raise InputError(f"{given}: expected {expected}; give that folder, or run stage 2 first")
+    extraction = read_extraction(folder.parent / name)
+    require_folder(folder, "extract_token_probs_and_memmap.py wrote")
+    n_windows = extraction.results["n_windows"]
+    if missing := set(range(n_windows)).difference(windows_with_token_probs(folder)):
+        got = f"token_probs_{min(missing)}.json is missing, {len(missing)} of {n_windows} windows are"
+        raise InputError(f"{folder}: {got}; run stage 2 again, it goes on where it was")
+    return folder, extraction
+
+
+def check_tokenizer(args: argparse.Namespace, extraction: Manifest) -> int:
+    """One more than the tokenizer's largest id; raises InputError where it is not the one of stage 2."""
+    from utils.models import load_tokenizer, tokenizer_fingerprint
+
+    tokenizer = load_tokenizer(args.model_name, args.cache_dir)
+    if tokenizer_fingerprint(tokenizer) != extraction.inputs["tokenizer"]:
+        raise InputError(
+            f"--model_name {args.model_name}: its tokenizer is not the one that {args.token_prob_dir} was made with; "
+            "give the model of stage 2"
+        )
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def run(args: argparse.Namespace, corpus: Corpus, extraction: Manifest) -> None:
+    labels = (args.dataset_name, args.model_ds, args.model_gen, args.partition, args.tok_prob_threshold)
+    folder = trie_folder_path(args.output_dir, *labels)
+    lists = ChunkListPaths(args.output_dir, args.dataset_name, args.model_ds, args.partition, args.tok_prob_threshold)
+    require_no_strays(folder)
+    lists.require_no_strays()
+    make_folder(folder)
+    arguments, inputs = provenance(args, extraction)
+    manifest = begin_stage(folder / MANIFEST, STAGE, arguments, inputs)
+    # What the lists depend on: they are shared by datastores that differ in the rest.
+    shared = {name: arguments[name] for name in ("dataset_name", "model_ds", "partition", "skip_first_tokens")}
+    lists_manifest = begin_stage(lists.manifest, STAGE, shared, inputs)
+    is_whole = manifest.complete and len(entry_token_ids(folder)) == manifest.results.get("entry_tokens")
+    if is_whole and all(path.exists() for path in lists.lists):
+        print(f"Nothing to do: {summary(folder, manifest)}")
+        return
+    rule = ChunkRule(args.tok_prob_threshold, args.skip_first_tokens, args.max_chunk_length)
+    rows = write_chunk_lists(corpus, rule, lists, partial(tqdm, desc="finding chunks", unit="window"))
+    counts = {"windows": corpus.n_windows, "tokens": len(rows.token_ids)}
+    finish_stage(lists.manifest, lists_manifest, counts)
+    n_entry_tokens = write_tries(folder, rows, partial(tqdm, desc="writing token tries", unit="trie"))
+    counts |= {"entry_tokens": n_entry_tokens, "rows": len(rows), "plateaus": len(rows.plateaus)}
+    finish_stage(folder / MANIFEST, manifest, counts)
+    print(summary(folder, manifest))
+
+
+def provenance(args: argparse.Namespace, extraction: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments and the inputs that decide the output's bytes."""
+    names = ("dataset_name", "model_ds", "model_gen", "partition", "tok_prob_threshold")
+    arguments = {name: getattr(args, name) for name in (*names, "max_chunk_length", "skip_first_tokens")}
+    inputs = {
+        "windows_fingerprint": extraction.results["windows_fingerprint"],
+        "tokenizer": extraction.inputs["tokenizer"],
+        "model_ds": extraction.inputs["model"],
+        "extraction": extraction.arguments,
+    }
+    return arguments, inputs
+
+
+def summary(folder: Path, manifest: Manifest) -> str:
+    counts = manifest.results
+    if not counts["rows"]:
+        return f"{folder}: the datastore is empty, no token of {counts['tokens']:,} is above the threshold"
+    found = f"{counts['rows']:,} chunks of {counts['plateaus']:,} plateaus in {counts['tokens']:,} tokens"
+    return f"{folder}: {counts['entry_tokens']:,} token tries, {found}"
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,370 @@
+"""Token tries on disk: all chunks of one entry token, where each stands in the text, and each one's context vector.
+
+    {output_dir}/token_trie_{dataset}_DS{model_ds}_H{model_gen}/{partition}_{γ}/    the trie folder
+        {id}.json          {depth: [[entry, c1, …], …]}, token ids; depth = tokens with the entry
+        tok_pos_{id}.json  {depth: [[window, position], …]}, of the entry token, row for row
+        {id}.h5            group `hidden_states`, one dataset (rows, D) per depth, row for row
+        manifest.json, hidden_states_manifest.json
+
+Depths ascend; within a depth rows are prefix-sorted, equal ones by window and position.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from utils.chunks import ChunkRows, sort_by_entry_and_length
+from utils.files import InputError, Manifest, read_finished, read_json, replacing, require_file, require_folder
+
+MANIFEST = "manifest.json"
+HIDDEN_STATES_MANIFEST = "hidden_states_manifest.json"
+STAGE = "save_token_trie_info.py"
+HIDDEN_STATES_STAGE = "make_token_trie.py"
+GROUP = "hidden_states"
+
+# Ids of a row block that is JSON text in memory while a huge trie is written.
+BLOCK_IDS = 1 << 20
+# Bytes of an HDF5 superblock of version 0, and where it says at which byte the file ends.
+SUPERBLOCK_BYTES, END_OF_FILE_AT = 48, 40
+_TRIE_NAME = re.compile(r"(0|[1-9]\d{0,9})\.json")
+
+
+@dataclass(frozen=True)
+class TrieRows:
+    """The N rows of one token trie as they stand in its files, without the context vectors."""
+
+    entry_token_id: int
+    chunk_ids: np.ndarray  # (M,) int32, the chunks one after the other, the entry token not among them
+    chunk_offsets: np.ndarray  # (N + 1,) int64: row n's chunk is chunk_ids[chunk_offsets[n]:chunk_offsets[n + 1]]
+    windows: np.ndarray  # (N,) int64
+    positions: np.ndarray  # (N,) int64, of the entry token in its window
+
+    @property
+    def depths(self) -> dict[int, int]:
+        """Rows by depth, ascending."""
+        depths, n_rows = np.unique(np.diff(self.chunk_offsets) + 1, return_counts=True)
+        return dict(zip(depths.tolist(), n_rows.tolist(), strict=True))
+
+
+# ---- Names
+
+
+def trie_path(folder: Path, entry_token_id: int) -> Path:
+    return folder / f"{_checked(entry_token_id)}.json"
+
+
+def positions_path(folder: Path, entry_token_id: int) -> Path:
+    return folder / f"tok_pos_{_checked(entry_token_id)}.json"
+
+
+def vectors_path(folder: Path, entry_token_id: int) -> Path:
+    return folder / f"{_checked(entry_token_id)}.h5"
+
+
+def _checked(entry_token_id: int) -> int:
+    # What is read from a file becomes part of a path only here.
+    if not isinstance(entry_token_id, (int, np.integer)) or not 0 <= entry_token_id < 2**31:
+        raise ValueError(f"{entry_token_id!r} is no token id")
+    return int(entry_token_id)
+
+
+def in_name(label: str) -> str:
+    """A label as part of a file's name."""
+    return label.replace("/", "_")
+
+
+def trie_folder_path(
+    output_dir: Path, dataset: str, model_ds: str, model_gen: str, partition: str, tok_prob_threshold: float
+) -> Path:
+    """Where the trie folder of these labels lies below stage 3's `--output_dir`, whether or not there is one."""
+    models = f"token_trie_{in_name(dataset)}_DS{in_name(model_ds)}_H{in_name(model_gen)}"
+    return output_dir / models / f"{in_name(partition)}_{float(tok_prob_threshold)}"
+
+
+def find_trie_folder(
+    directory: Path,
+    dataset: str,
+    model_ds: str,
+    model_gen: str,
+    partition: str,
+    tok_prob_threshold: float,
+    *,
+    any_partition: bool = False,
+) -> Path:
+    """The trie folder of these labels in stage 3's `--output_dir`; `directory` may also be the trie folder itself.
+
+    any_partition: `partition` decides only where there are several; where its folder is missing and there is just one
+    of this γ, that one is taken. Raises InputError where there is none, stage 3 did not end, or a label differs.
+    """
+    require_folder(directory, f"{STAGE} wrote its tries to")
+    folder = trie_folder_path(directory, dataset, model_ds, model_gen, partition, tok_prob_threshold)
+    if not folder.is_dir() and _is_trie_folder(directory):
+        folder = directory
+    elif not folder.is_dir() and any_partition:
+        others = sorted(folder.parent.glob(f"*_{float(tok_prob_threshold)}/{MANIFEST}"))
+        folder = others[0].parent if len(others) == 1 else folder
+    if not folder.is_dir():
+        there = sorted(str(path.parent.relative_to(directory)) for path in directory.glob(f"token_trie_*/*/{MANIFEST}"))
+        got = f"there are {', '.join(there)}" if there else "there is no trie folder at all"
+        expected = f"the trie folder {folder.relative_to(directory)}"
+        raise InputError(
+            f"{directory}: expected {expected}, but {got}; give the folder that {STAGE} wrote, or its labels"
+        )
+    wanted: dict[str, Any] = {"dataset_name": dataset, "model_ds": model_ds, "model_gen": model_gen}
+    wanted |= {"tok_prob_threshold": tok_prob_threshold} | ({} if any_partition else {"partition": partition})
+    _require_labels(folder / MANIFEST, wanted)
+    return folder
+
+
+def _is_trie_folder(directory: Path) -> bool:
+    # Other stages have a manifest of this name too.
+    path = directory / MANIFEST
+    if not path.is_file():
+        return False
+    fields = read_json(path)
+    return isinstance(fields, dict) and fields.get("stage") == STAGE
+
+
+def _require_labels(path: Path, wanted: dict[str, Any]) -> None:
+    made_with = read_finished(path, STAGE).arguments
+    for name, value in wanted.items():
+        if made_with.get(name) != value:
+            raise InputError(
+                f"{path}: was made with {name} {made_with.get(name)!r}, this run has {value!r}; give that, or other tries"
+            )
+
+
+# ---- Which tries there are
+
+
+def entry_token_ids(folder: Path) -> list[int]:
+    """The entry tokens that have both files of stage 3, ascending."""
+    names = _names(folder)
+    matches = (_TRIE_NAME.fullmatch(name) for name in names)
+    found = (int(match[1]) for match in matches if match and f"tok_pos_{match[1]}.json" in names)
+    return sorted(token for token in found if token < 2**31)
+
+
+def entry_tokens_with_vectors(folder: Path) -> list[int]:
+    """The entry tokens whose `.h5` is there too and not cut off, ascending."""
+    names = _names(folder)
+    return [token for token in entry_token_ids(folder) if f"{token}.h5" in names and _is_whole(folder / f"{token}.h5")]
+
+
+def finished_entry_token_ids(folder: Path, manifest: Manifest) -> list[int]:
+    """The entry tokens of a trie folder, ascending; raises InputError where a trie of stage 3's manifest is gone."""
+    found, expected = entry_token_ids(folder), manifest.results.get("entry_tokens")
+    if len(found) != expected:
+        raise InputError(f"{folder}: holds {len(found)} of its {expected} tries; run {STAGE} again")
+    return found
+
+
+def require_no_strays(folder: Path) -> None:
+    """Raise InputError where tries lie in a folder without a manifest: nothing says what they were made from."""
+    if not (folder / MANIFEST).exists() and folder.is_dir():
+        strays = [name for name in _names(folder) if name.endswith((".json", ".h5"))]
+        if strays:
+            raise InputError(f"{folder}: holds files of unknown origin ({min(strays)}) but no {MANIFEST}; delete it")
+
+
+def read_token_id_list(path: Path) -> list[int]:
+    """The token ids in a JSON list, ascending; raises InputError where an entry is none."""
+    token_ids = read_json(path)
+    if not isinstance(token_ids, list) or any(type(token) is not int or not 0 <= token < 2**31 for token in token_ids):
+        raise InputError(f"{path}: is no list of token ids; expected [5, 17, …]")
+    return sorted(set(token_ids))
+
+
+def _names(folder: Path) -> set[str]:
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries}
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an `.h5` ends where its head says; opening it as HDF5 takes ten times longer."""
+    with open(path, "rb") as file:
+        head = file.read(SUPERBLOCK_BYTES)
+        n_bytes = int.from_bytes(head[END_OF_FILE_AT:], "little")
+        return head.startswith(b"\x89HDF\r\n\x1a\n\0") and n_bytes == os.fstat(file.fileno()).st_size
+
+
+# ---- Chunks and positions
+
+
+def write_tries(folder: Path, rows: ChunkRows, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> int:
+    """Write both files of each entry token that lacks one; returns how many entry tokens there are.
+
+    progress wraps the list of entry tokens that are gone through.
+    """
+    order = sort_by_entry_and_length(rows)
+    depths = rows.lengths[order] + 1
+    entry_ids, first_rows = np.unique(rows.entry_ids[order], return_index=True)
+    row_bounds = np.append(first_rows, len(order)).tolist()
+    there = set(entry_token_ids(folder))
+    for i in progress(range(len(entry_ids))):
+        if (token := int(entry_ids[i])) not in there:
+            own = slice(row_bounds[i], row_bounds[i + 1])
+            _write_trie(folder, token, rows, order[own], depths[own])
+    return len(entry_ids)
+
+
+def _write_trie(folder: Path, entry_token_id: int, rows: ChunkRows, selected: np.ndarray, depths: np.ndarray) -> None:
+    """selected (n,) int64, the entry token's rows in their order; depths (n,) ascending."""
+    bounds = np.flatnonzero(np.diff(depths, prepend=-1, append=-1)).tolist()
+    by_depth = {int(depths[a]): selected[a:b] for a, b in pairwise(bounds)}
+
+    def id_rows(depth: int, block: np.ndarray) -> np.ndarray:
+        return rows.token_ids[rows.starts[block][:, None] - 1 + np.arange(depth)]  # (n, depth)
+
+    def place_rows(depth: int, block: np.ndarray) -> np.ndarray:
+        return np.stack([rows.windows[block], rows.positions[block]], axis=1)  # (n, 2)
+
+    _write_by_depth(trie_path(folder, entry_token_id), by_depth, id_rows)
+    _write_by_depth(positions_path(folder, entry_token_id), by_depth, place_rows)
+
+
+def _write_by_depth(
+    path: Path, by_depth: dict[int, np.ndarray], table: Callable[[int, np.ndarray], np.ndarray]
+) -> None:
+    """Write `{depth: table(depth, rows)}`, a depth a line, a block of rows at a time."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        before_depth = "{\n"
+        for depth, rows in by_depth.items():
+            file.write(f'{before_depth}"{depth}": [')
+            n_block = max(BLOCK_IDS // depth, 1)
+            for first in range(0, len(rows), n_block):
+                text = json.dumps(table(depth, rows[first : first + n_block]).tolist())
+                file.write((", " if first else "") + text[1:-1])
+            file.write("]")
+            before_depth = ",\n"
+        file.write("\n}\n")
+
+
+def read_trie_rows(folder: Path, entry_token_id: int) -> TrieRows:
+    """The rows of an entry token; raises InputError where a file is missing, damaged or not row for row the other."""
+    path = trie_path(folder, entry_token_id)
+    tables = _read_by_depth(path, None)
+    windows, positions, depths = read_trie_positions(folder, entry_token_id)
+    if depths != {depth: len(table) for depth, table in tables.items()}:
+        other = positions_path(folder, entry_token_id)
+        raise InputError(f"{path}: has other rows than {other.name}; delete both and run {STAGE} again")
+    if any((table[:, 0] != entry_token_id).any() for table in tables.values()):
+        raise InputError(f"{path}: holds rows of another entry token; delete it and run {STAGE} again")
+    lengths = np.repeat([depth - 1 for depth in depths], list(depths.values()))
+    return TrieRows(
+        entry_token_id=entry_token_id,
+        chunk_ids=np.concatenate([table[:, 1:].ravel() for table in tables.values()]).astype(np.int32),
+        chunk_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        windows=windows,
+        positions=positions,
+    )
+
+
+def read_trie_positions(folder: Path, entry_token_id: int) -> tuple[np.ndarray, np.ndarray, dict[int, int]]:
+    """Windows (N,) and positions (N,) int64 of an entry token's rows in their order, and rows by depth.
+
+    Raises InputError where the file is missing or damaged.
+    """
+    tables = _read_by_depth(positions_path(folder, entry_token_id), 2)
+    places = np.concatenate(list(tables.values()))
+    return places[:, 0], places[:, 1], {depth: len(table) for depth, table in tables.items()}
+
+
+def _read_by_depth(path: Path, n_columns: int | None) -> dict[int, np.ndarray]:
+    """(n, n_columns) int64 by depth; n_columns None: as many as the depth."""
+    fields = read_json(path)
+    try:
+        tables = {int(depth): np.array(table) for depth, table in fields.items()}
+        is_sound = bool(tables) and list(tables) == sorted(tables) and min(tables) >= 2
+        for depth, table in tables.items():
+            is_sound &= table.dtype == np.int64 and table.ndim == 2 and table.shape[1] == (n_columns or depth)
+            is_sound = is_sound and len(table) > 0 and int(table.min()) >= 0 and int(table.max()) < 2**31
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        is_sound = False
+    if not is_sound:
+        columns = f"{n_columns} numbers" if n_columns else "depth token ids"
+        raise InputError(f"{path}: is no map of depths to rows of {columns}; delete it and run {STAGE} again")
+    return tables
+
+
+# ---- Context vectors
+
+
+def write_context_vectors(
+    folder: Path,
+    entry_token_id: int,
+    depths: dict[int, int],
+    vector_type: tuple[int, np.dtype],
+    take: Callable[[int, int], np.ndarray],
+    n_block: int,
+) -> None:
+    """Write an entry token's `.h5`, a block of rows at a time.
+
+    depths: rows by depth, ascending; vector_type: hidden size D and dtype; take(a, b) gives the vectors (b - a, D) of
+    rows a to b, contiguous and of that dtype, and is asked for `n_block` rows at most.
+    """
+    with replacing(vectors_path(folder, entry_token_id)) as temporary:
+        offsets = _create_h5(temporary, depths, *vector_type)
+        # The rows are written past HDF5, whose errors on a full disk leave its file open and surface at exit.
+        with open(temporary, "r+b") as file:
+            first = 0
+            for offset, n_rows in zip(offsets, depths.values(), strict=True):
+                file.seek(offset)
+                for row in range(first, first + n_rows, n_block):
+                    file.write(take(row, min(row + n_block, first + n_rows)).data)
+                first += n_rows
+
+
+def _create_h5(path: Path, depths: dict[int, int], hidden_size: int, dtype: np.dtype) -> list[int]:
+    """Make an `.h5` whose datasets have their place but no rows yet; returns where each begins in the file."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)  # the same bytes whenever it is written
+    kind, offsets = h5py.h5t.py_create(dtype), []
+    try:
+        # The oldest layout: the same bytes with every h5py, and a head that `_is_whole` can read.
+        with h5py.File(path, "w", libver="earliest") as file:
+            group = file.create_group(GROUP).id
+            for depth, n_rows in depths.items():
+                space = h5py.h5s.create_simple((n_rows, hidden_size))
+                dataset = h5py.h5d.create(group, str(depth).encode(), kind, space, dcpl=properties)
+                offsets.append(int(dataset.get_offset()))
+    except RuntimeError as error:
+        raise OSError(str(error)) from error  # how h5py says at close that the disk is full
+    return offsets
+
+
+def read_context_vectors(folder: Path, entry_token_id: int, rows: TrieRows) -> np.ndarray:
+    """The context vectors (N, D) of a trie's rows, in the files' float dtype.
+
+    Raises InputError where the `.h5` is missing, cut off, not row for row the trie, or holds NaN or infinity.
+    """
+    path = require_file(vectors_path(folder, entry_token_id), f"{HIDDEN_STATES_STAGE} writes")
+    remedy = f"delete it and run {HIDDEN_STATES_STAGE} again"
+    try:
+        with h5py.File(path, "r") as file:
+            tables = {int(depth): dataset[()] for depth, dataset in file[GROUP].items()}
+    except (OSError, KeyError, AttributeError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).strip("'\"")
+        raise InputError(f"{path}: is cut off or no .h5 of {HIDDEN_STATES_STAGE} ({reason}); {remedy}") from error
+    if any(not isinstance(t, np.ndarray) or t.ndim != 2 or t.dtype.kind != "f" for t in tables.values()):
+        raise InputError(f"{path}: expected a float matrix per depth; {remedy}")
+    n_rows = {depth: len(tables[depth]) for depth in sorted(tables)}
+    if n_rows != rows.depths:
+        raise InputError(f"{path}: its rows by depth are {n_rows}, those of the trie {rows.depths}; {remedy}")
+    if len({table.shape[1] for table in tables.values()}) != 1:
+        raise InputError(f"{path}: its vectors have different sizes; {remedy}")
+    vectors = np.concatenate([tables[depth] for depth in n_rows])
+    if not np.isfinite(vectors).all():
+        raise InputError(f"{path}: holds NaN or infinity; {remedy}")
+    return vectors
