@@ -1,0 +1,217 @@
+"""Context vectors: for each row of each token trie, the hidden state at its entry token, gathered from stage 2's `.h5`.
+
+The rows of several entry tokens are gathered together, in the order in which they lie in the memory-mapped file, so
+that many small tries cost few passes over it; a huge trie is gathered in blocks. Worker processes share the work; they
+load numpy and h5py, never torch.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import numpy as np
+
+from utils.files import InputError, Manifest
+from utils.hidden_states import map_all_hidden_states, read_index_map
+from utils.token_trie import positions_path, read_trie_positions, write_context_vectors
+
+# Bytes of context vectors that a worker holds at a time (twice, while it puts them in order).
+BLOCK_BYTES = 1 << 26
+# The least that a row takes in tok_pos_{id}.json, "[0, 0], ".
+POSITION_BYTES = 8
+# Batches per worker: enough that all end at about the same time.
+BATCHES_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """The hidden states of all windows: where their `.h5` is, each window's length and its first row in it."""
+
+    path: Path
+    lengths: np.ndarray  # (W,) int64
+    first_rows: np.ndarray  # (W,) int64
+    hidden_size: int
+    dtype: np.dtype
+
+    @property
+    def block_rows(self) -> int:
+        return max(BLOCK_BYTES // (self.hidden_size * self.dtype.itemsize), 1)
+
+
+def open_hidden_states(path: Path, seqlen_path: Path, acc_index_path: Path, extraction: Manifest) -> HiddenStates:
+    """Check stage 2's `.h5` and its maps against each other and against stage 2's manifest.
+
+    Raises InputError where a file is missing, damaged or of another run.
+    """
+    lengths, first_rows = read_index_map(seqlen_path), read_index_map(acc_index_path)
+    all_states = map_all_hidden_states(path)
+    n_rows, hidden_size = all_states.shape
+    n_windows = extraction.results["n_windows"]
+    for map_path, values in ((seqlen_path, lengths), (acc_index_path, first_rows)):
+        if len(values) != n_windows:
+            raise InputError(f"{map_path}: covers {len(values)} windows of the {n_windows} in {path}; give its own map")
+    if not np.array_equal(first_rows, np.cumsum(lengths) - lengths):
+        raise InputError(
+            f"{acc_index_path}: does not say where windows of {seqlen_path}'s lengths begin; give both of one run"
+        )
+    if lengths.sum() != n_rows:
+        raise InputError(
+            f"{seqlen_path}: its windows have {lengths.sum()} tokens, {path} has {n_rows} rows; give its own map"
+        )
+    if hidden_size != extraction.results["hidden_size"]:
+        expected = extraction.results["hidden_size"]
+        raise InputError(
+            f"{path}: its vectors have size {hidden_size}, its manifest says {expected}; run stage 2 again"
+        )
+    return HiddenStates(path, lengths, first_rows, hidden_size, all_states.dtype)
+
+
+# ---- One batch of tries
+
+
+class Gatherer:
+    """Writes the `.h5` of entry tokens from one memory map."""
+
+    def __init__(self, folder: Path, hidden_states: HiddenStates) -> None:
+        self._folder, self._hidden_states = folder, hidden_states
+        self._all = map_all_hidden_states(hidden_states.path)
+
+    def write(self, entry_token_ids: Sequence[int]) -> int:
+        """Write the `.h5` of these entry tokens; returns how many.
+
+        Raises InputError where a row's position is not in the text, or its hidden state is NaN or infinite.
+        """
+        read = [read_trie_positions(self._folder, token) for token in entry_token_ids]
+        rows_of = [
+            self._rows(token, windows, positions)
+            for token, (windows, positions, _) in zip(entry_token_ids, read, strict=True)
+        ]
+        rows = np.concatenate(rows_of)
+        take = self._taker(rows)
+        source, first = self._hidden_states, 0
+        for token, (windows, _, depths) in zip(entry_token_ids, read, strict=True):
+            take_own = partial(_take_from, take, first)
+            vector_type = (source.hidden_size, source.dtype)
+            write_context_vectors(self._folder, token, depths, vector_type, take_own, source.block_rows)
+            first += len(windows)
+        return len(read)
+
+    def _rows(self, entry_token_id: int, windows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """(N,) int64, rows of the `.h5`."""
+        lengths = self._hidden_states.lengths
+        is_known = windows < len(lengths)
+        is_known &= positions < lengths[np.where(is_known, windows, 0)]
+        if not is_known.all():
+            at = int(np.argmin(is_known))
+            where = f"position {positions[at]} of window {windows[at]}"
+            path = positions_path(self._folder, entry_token_id)
+            raise InputError(f"{path}: names {where}, which {self._hidden_states.path} lacks; run stage 3 again")
+        return self._hidden_states.first_rows[windows] + positions
+
+    def _taker(self, rows: np.ndarray) -> Callable[[int, int], np.ndarray]:
+        """A function that gives the vectors of rows[a:b], from one gather where all of them fit in a block."""
+        if len(rows) > self._hidden_states.block_rows:
+            return lambda a, b: self._gather(rows[a:b])
+        vectors = self._gather(rows)
+        return lambda a, b: vectors[a:b]
+
+    def _gather(self, rows: np.ndarray) -> np.ndarray:
+        """(N, D) in the order of rows (N,), read in the order of the file."""
+        order = np.argsort(rows)
+        vectors = np.empty((len(rows), self._hidden_states.hidden_size), self._hidden_states.dtype)
+        vectors[order] = self._all[rows[order]]
+        if not np.isfinite(vectors).all():
+            row = int(rows[np.argmin(np.isfinite(vectors).all(axis=1))])
+            window = int(np.searchsorted(self._hidden_states.first_rows, row, side="right")) - 1
+            place = f"position {row - self._hidden_states.first_rows[window]} of window {window}"
+            raise InputError(f"{self._hidden_states.path}: holds NaN or infinity at {place}; run stage 2 again")
+        return vectors
+
+
+def _take_from(take: Callable[[int, int], np.ndarray], first: int, a: int, b: int) -> np.ndarray:
+    return take(first + a, first + b)
+
+
+# ---- All tries
+
+
+def write_all_context_vectors(
+    folder: Path, entry_token_ids: Sequence[int], hidden_states: HiddenStates, max_workers: int
+) -> Iterator[int]:
+    """Write the `.h5` of these entry tokens with at most `max_workers` processes, never more than there are cores.
+
+    Yields, as batches end, how many were written. An error of a worker is raised here.
+    """
+    n_workers = min(max_workers, n_cores())
+    batches = _batches(folder, entry_token_ids, hidden_states, n_workers)
+    n_workers = min(n_workers, len(batches))
+    if n_workers <= 1:
+        gatherer = Gatherer(folder, hidden_states) if batches else None
+        for batch in batches:
+            assert gatherer is not None
+            yield gatherer.write(batch)
+        return
+    # Not forked from this process: it may have threads.
+    context = get_context("forkserver")
+    with ProcessPoolExecutor(n_workers, context, _start_worker, (folder, hidden_states)) as pool:
+        try:
+            futures: list[Future[int]] = [pool.submit(_write_batch, batch) for batch in batches]
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool as error:
+            message = f"{folder}: a worker process was ended from outside, for lack of memory perhaps"
+            raise InputError(f"{message}; run again with fewer --max_workers") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def n_cores() -> int:
+    """The cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _batches(
+    folder: Path, entry_token_ids: Sequence[int], hidden_states: HiddenStates, n_workers: int
+) -> list[list[int]]:
+    """The entry tokens in batches of at most a block's rows, as the size of their files tells, the largest first."""
+    n_rows = {token: positions_path(folder, token).stat().st_size // POSITION_BYTES for token in entry_token_ids}
+    bound = min(hidden_states.block_rows, sum(n_rows.values()) // (n_workers * BATCHES_PER_WORKER))
+    batches: list[list[int]] = []
+    n_in_last = 0
+    for token in sorted(n_rows, key=lambda token: (-n_rows[token], token)):
+        if not batches or n_in_last + n_rows[token] > bound:
+            batches.append([])
+            n_in_last = 0
+        batches[-1].append(token)
+        n_in_last += n_rows[token]
+    return batches
+
+
+_gatherer: Gatherer | None = None  # of a worker process
+
+
+def _start_worker(folder: Path, hidden_states: HiddenStates) -> None:
+    global _gatherer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _gatherer = Gatherer(folder, hidden_states)
+
+
+def _end_with_parent() -> None:
+    # A worker that outlived its killed parent would write beside the run that goes on.
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _write_batch(entry_token_ids: list[int]) -> int:
+    assert _gatherer is not None
+    return _gatherer.write(entry_token_ids)
