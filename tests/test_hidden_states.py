@@ -197,6 +197,8 @@ def test_a_window_is_read_as_it_was_written(tmp_path: Path) -> None:
     found = read_hidden_states(files.folder, 3)
     assert found.dtype == np.float16
     np.testing.assert_array_equal(found, arrays[3])
+    np.save(tmp_path / "plain.npy", arrays[3])
+    assert hidden_states_path(files.folder, 3).read_bytes() == (tmp_path / "plain.npy").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,8 @@ def copy(gpt2_folder: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_hidden_states_are_what_the_head_reads_and_logits_the_models_own(name: str) -> None:
     lm = tiny_lm(name)
-    ids = torch.randint(3, 100, (2, 11), generator=torch.Generator().manual_seed(1))
+    n_ids = lm.model.config.get_text_config().vocab_size
+    ids = torch.randint(0, n_ids, (2, 11), generator=torch.Generator().manual_seed(1))
     expected = lm.model(ids, output_hidden_states=True, use_cache=False)
     hidden_states, logits = lm.forward(ids, use_cache=False)
     assert hidden_states.shape == (2, 11, lm.hidden_size)

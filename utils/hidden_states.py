@@ -82,7 +82,10 @@ def windows_with_hidden_states(folder: Path) -> list[int]:
 def write_hidden_states(folder: Path, window: int, hidden_states: np.ndarray) -> None:
     """hidden_states (L, D) float16 or float32."""
     with replacing(hidden_states_path(folder, window)) as temporary, open(temporary, "wb") as file:
-        np.save(file, hidden_states)
+        # As np.save does, but that hides why a write failed.
+        rows = np.ascontiguousarray(hidden_states)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(rows))
+        file.write(rows.data)
 
 
 def read_hidden_states(folder: Path, window: int) -> np.ndarray:

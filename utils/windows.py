@@ -7,6 +7,7 @@ depends on the text, the tokenizer and the flags alone, and never on what an ear
 
 import hashlib
 import tempfile
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,8 +124,8 @@ class _Draft:
     n_short_passages: int = 0
     n_longest: int = 0
     largest_id: int = 0
-    starts: list[np.ndarray] = field(default_factory=list)
-    lengths: list[np.ndarray] = field(default_factory=list)
+    starts: array = field(default_factory=lambda: array("q"))
+    lengths: array = field(default_factory=lambda: array("q"))
     digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
 
     def add(self, token_ids: np.ndarray) -> None:
@@ -137,9 +138,8 @@ class _Draft:
         self.largest_id = max(self.largest_id, int(token_ids.max()))
         for start, end in bounds:
             self.digest.update(window_bytes(token_ids[start:end]))
-        starts, ends = np.array(bounds, dtype=np.int64).T
-        self.starts.append(self.n_written + starts)
-        self.lengths.append(ends - starts)
+            self.starts.append(self.n_written + start)
+            self.lengths.append(end - start)
         self.file.write(token_ids.tobytes())
         self.n_written += len(token_ids)
 
@@ -151,8 +151,8 @@ class _Draft:
         self.file.flush()
         return WindowPlan(
             np.memmap(self.file, dtype=np.int32, mode="r", shape=(self.n_written,)).view(np.ndarray),
-            np.concatenate(self.starts),
-            np.concatenate(self.lengths),
+            np.array(self.starts),
+            np.array(self.lengths),
             self.n_passages,
             self.n_short_passages,
             self.largest_id,
