@@ -68,6 +68,10 @@ def share(text: str) -> float:
     return _number(text, float, "a number in [0, 1)", lambda value: 0 <= value < 1)
 
 
+def probability(text: str) -> float:
+    return _number(text, float, "a number in (0, 1)", lambda value: 0 < value < 1)
+
+
 def top_p(text: str) -> float:
     return _number(text, float, "a number in (0, 1]", lambda value: 0 < value <= 1)
 
@@ -81,6 +85,12 @@ def boolean(text: str) -> bool:
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected True or False")
     return values[text.lower()]
+
+
+def plain_name(text: str) -> str:
+    if not text or "/" in text or text in (".", ".."):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name without a slash: it becomes a file's")
+    return text
 
 
 def _number(text: str, kind: type, expected: str, is_right: Callable[[float], bool]) -> float:
@@ -117,16 +127,18 @@ def add_model(parser: Parser) -> None:
     )
 
 
-def add_datastore_labels(parser: Parser, dataset_flag: str) -> None:
+def add_datastore_labels(parser: Parser, dataset_flag: str, required: bool = True) -> None:
     """The five labels that name a datastore's folder; stage 5 spells `--dataset_name` as `--dataset`."""
     parser.add_argument(
-        dataset_flag, dest="dataset_name", required=True, help="label of the text, part of folder names"
+        dataset_flag, dest="dataset_name", required=required, help="label of the text, part of folder names"
     )
-    parser.add_argument("--model_ds", required=True, help="label of the model whose probabilities choose the chunks")
-    parser.add_argument("--model_gen", required=True, help="label of the model whose hidden states index them")
-    parser.add_argument("--partition", required=True, help="label of the split, such as train")
     parser.add_argument(
-        "--tok_prob_threshold", type=share, required=True, help="γ in [0, 1): a token above it belongs to a chunk"
+        "--model_ds", required=required, help="label of the model whose probabilities choose the chunks"
+    )
+    parser.add_argument("--model_gen", required=required, help="label of the model whose hidden states index them")
+    parser.add_argument("--partition", required=required, help="label of the split, such as train")
+    parser.add_argument(
+        "--tok_prob_threshold", type=share, required=required, help="γ in [0, 1): a token above it belongs to a chunk"
     )
 
 
