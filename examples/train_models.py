@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,7 +22,7 @@ from utils.python_docs import python_docs
 VOCAB_SIZE = 4096
 N_POSITIONS = 512
 END_OF_TEXT = "<|endoftext|>"
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "large": {"n_embd": 256, "n_layer": 6, "n_head": 4},
     "small": {"n_embd": 128, "n_layer": 3, "n_head": 4},
 }

@@ -21,6 +21,7 @@ CONFIGS = {
         hf.GPT2Config,
         {"vocab_size": 100, "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2},
     ),
+    "five tokens": (hf.LlamaConfig, {**GROUPED, "vocab_size": 5, "initializer_range": 0.5}),
     "llama": (hf.LlamaConfig, GROUPED),
     "mistral": (hf.MistralConfig, WINDOWED),
     "qwen2": (hf.Qwen2Config, {**WINDOWED, "use_sliding_window": True, "max_window_layers": 1}),

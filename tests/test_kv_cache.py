@@ -5,7 +5,7 @@ import torch
 from architectures import tiny_lm
 
 from utils.files import InputError
-from utils.kv_cache import Block, OneRow, SlotRows, open_rows
+from utils.kv_cache import Block, OneRow, Rows, SlotRows, open_rows
 from utils.models import CausalLM
 
 SLOTTED = ["gpt2", "llama", "mistral", "qwen2", "gemma2", "gemma3", "opt", "cohere", "granite", "neox"]
@@ -27,6 +27,11 @@ def close(hidden_state: torch.Tensor, logits: torch.Tensor, wanted: torch.Tensor
     return torch.allclose(torch.cat([hidden_state, logits]), wanted, atol=2e-4, rtol=1e-4)
 
 
+def prefills(rows: Rows, row: int, text: list[int], lm: CausalLM) -> bool:
+    hidden_states, logits = rows.prefill(row, [text])
+    return close(hidden_states[0][-1], logits[0], uncached(lm, text))
+
+
 @pytest.mark.parametrize("name", SLOTTED)
 def test_uneven_rows_give_what_each_text_gives_alone(name):
     lm = tiny_lm(name)
@@ -34,7 +39,7 @@ def test_uneven_rows_give_what_each_text_gives_alone(name):
     assert isinstance(rows, SlotRows)
     texts = [[5, 6, 7, 8, 9, 10, 11], [50], [20, 21, 22]]
     for row, text in enumerate(texts):
-        assert close(*rows.prefill(row, text), uncached(lm, text))
+        assert prefills(rows, row, text, lm)
     for blocks in (
         [[1], [2, 3, 4], [5, 6]],
         [[7], [8], [9]],
@@ -54,7 +59,7 @@ def test_each_tree_node_sees_the_text_and_its_ancestors_alone(name):
     rows = open_rows(lm, 2, 40)
     texts = [[5, 6, 7, 8, 9], [20, 21]]
     for row, text in enumerate(texts):
-        rows.prefill(row, text)
+        rows.prefill(row, [text])
     #  11 ─┬─ 12 ─┬─ 14 ── 16
     #      └─ 13  └─ 15
     tree = Block([11, 12, 13, 14, 15, 16], parents=[-1, 0, 0, 1, 1, 3])
@@ -71,13 +76,27 @@ def test_each_tree_node_sees_the_text_and_its_ancestors_alone(name):
     assert close(hidden_states[1][-1], logits[1][-1], uncached(lm, [20, 21, 30, 42]))
 
 
+def test_texts_of_one_length_start_together():
+    lm = tiny_lm("mistral")
+    rows = open_rows(lm, 3, 20)
+    rows.prefill(0, [[1, 2]])
+    texts = [[3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]]
+    hidden_states, logits = rows.prefill(1, texts, all_hidden=True)
+    assert hidden_states.shape == (2, 6, lm.hidden_size)
+    for row, text in enumerate(texts):
+        assert close(hidden_states[row][-1], logits[row], uncached(lm, text))
+    hidden_states, logits = rows.forward([Block([5]), Block([6]), Block([7])], keep_all=False)
+    for row, text in enumerate([[1, 2, 5], [*texts[0], 6], [*texts[1], 7]]):
+        assert close(hidden_states[row][0], logits[row][0], uncached(lm, text))
+
+
 def test_a_moved_row_goes_on_where_it_was_and_a_freed_one_starts_anew():
     lm = tiny_lm("llama")
     rows = open_rows(lm, 2, 20)
-    rows.prefill(0, [1, 2, 3, 4, 5, 6])
-    rows.prefill(1, [7, 8])
+    rows.prefill(0, [[1, 2, 3, 4, 5, 6]])
+    rows.prefill(1, [[7, 8]])
     rows.move(1, 0)
-    assert close(*rows.prefill(1, [9]), uncached(lm, [9]))
+    assert prefills(rows, 1, [9], lm)
     hidden_states, logits = rows.forward([Block([10]), Block([11])], keep_all=False)
     assert close(hidden_states[0][0], logits[0][0], uncached(lm, [7, 8, 10]))
     assert close(hidden_states[1][0], logits[1][0], uncached(lm, [9, 11]))
@@ -89,7 +108,7 @@ def test_an_architecture_that_slots_do_not_fit_decodes_one_row_on_its_own_cache(
     assert isinstance(rows, OneRow)
     assert rows.n_rows == 1
     text = [5, 6, 7]
-    assert close(*rows.prefill(0, text), uncached(lm, text))
+    assert prefills(rows, 0, text, lm)
     rows.forward([Block([1, 2, 3])], keep_all=True)
     rows.commit(0, [0])
     hidden_states, logits = rows.forward([Block([9, 10])], keep_all=True)

@@ -10,6 +10,7 @@ Context vectors are float32 of length 1. Pickles are read by an unpickler that k
 import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,22 @@ class TokenTrie:
     def chunk(self, row: int) -> list[int]:
         """The token ids of a row's chunk, the entry token not among them."""
         return self.chunk_ids[self.chunk_offsets[row] : self.chunk_offsets[row + 1]].tolist()
+
+    def rows_beginning_with(self, token_id: int) -> slice:
+        """The rows whose chunk begins with a token: one range, since they are prefix-sorted."""
+        first, last = np.searchsorted(self._first_ids, [token_id, token_id + 1])
+        return slice(int(first), int(last))
+
+    def continuations(self, rows: np.ndarray, n_tokens: int) -> np.ndarray:
+        """(len(rows), n_tokens) token ids after the first of each chunk, -1 where it has ended."""
+        starts, ends = self.chunk_offsets[rows] + 1, self.chunk_offsets[rows + 1]
+        places = starts[:, None] + np.arange(n_tokens)
+        inside = places < ends[:, None]
+        return np.where(inside, self.chunk_ids[np.minimum(places, len(self.chunk_ids) - 1)], -1)
+
+    @cached_property
+    def _first_ids(self) -> np.ndarray:
+        return self.chunk_ids[self.chunk_offsets[:-1]]
 
     @property
     def n_bytes(self) -> int:

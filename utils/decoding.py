@@ -1,21 +1,28 @@
-"""The decode loop: one loop for chunk mode and plain generation, over any number of sequences at once (paper section 3).
+"""The decode loop: chunk mode, plain and verified generation in one, over any number of sequences at once (section 3).
 
 Each step appends to every sequence what it has decided on, a retrieved chunk or one token drawn from the LM, and runs
-one forward pass over just those tokens on the KV cache. Plain generation is the loop without a retriever.
+one forward pass over just those tokens on the KV cache. Plain generation is the loop without a retriever. With a
+drafter the pass also reads a tree of drafted tokens; at each node reached the next token is drawn from the LM, and as
+long as it is a child of that node it is read already. What is drawn is what plain generation would have drawn.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from utils.generation import AcceptedChunk, Generation, GenerationStats
+from utils.drafting import Drafter, DraftTree
+from utils.generation import AcceptedChunk, DraftCounts, Generation, GenerationStats
 from utils.kv_cache import Block, Rows, open_rows
 from utils.models import CausalLM
 from utils.retrieval import Proposal, Retriever
 from utils.sampling import ACCEPTANCE_STREAM, TOKEN_STREAM, Sampler, uniforms
+
+# Slots that a draft may take beyond the text.
+MAX_DRAFT_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -30,12 +37,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to generate. No retriever: plain generation. on_tokens(index, token ids, chunk or None) sees each step."""
+    """How to generate: chunks from a retriever, verified drafts from a drafter, or with neither plain text.
+
+    on_tokens(index, token ids, chunk or None) sees what each step brings.
+    """
 
     sampler: Sampler
     eos_token_ids: frozenset[int]
     retriever: Retriever | None = None
     batch_size: int = 1
+    drafter: Drafter | None = None
     on_tokens: Callable[[int, list[int], Proposal | None], None] | None = None
 
 
@@ -45,8 +56,6 @@ class _Sequence:
 
     request: Request
     token_ids: list[int]
-    token_uniforms: list[float]
-    acceptance_uniforms: list[float]
     hidden_state: Tensor  # (D,)
     logits: Tensor  # (V,)
     lm_seconds: float
@@ -54,11 +63,25 @@ class _Sequence:
     rest_seconds: float = 0.0
     forward_passes: int = 1
     chunks: list[AcceptedChunk] = field(default_factory=list)
+    drafts: DraftCounts = field(default_factory=DraftCounts)
     unread: list[int] = field(default_factory=list)  # the last tokens, which the LM has not read yet
+    drawn: int | None = None  # the next token, where verification has drawn it already
+    token_uniforms: list[float] = field(init=False)
+    acceptance_uniforms: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        seed, index, n = self.request.seed, self.request.index, self.request.max_new_tokens
+        self.token_uniforms = uniforms(seed, index, TOKEN_STREAM, n).tolist()
+        self.acceptance_uniforms = uniforms(seed, index, ACCEPTANCE_STREAM, n).tolist()
 
     @property
     def n_new(self) -> int:
         return len(self.token_ids) - len(self.request.prompt_ids)
+
+    def take_drawn(self) -> int:
+        token_id, self.drawn = self.drawn, None
+        assert token_id is not None
+        return token_id
 
 
 def decode(lm: CausalLM, requests: Iterable[Request], decoding: Decoding) -> Iterator[Generation]:
@@ -73,14 +96,23 @@ def decode(lm: CausalLM, requests: Iterable[Request], decoding: Decoding) -> Ite
         return
     longest = max(len(request.prompt_ids) + request.max_new_tokens for request in waiting)
     with torch.inference_mode():
-        loop = _Loop(lm, decoding, open_rows(lm, min(decoding.batch_size, len(waiting)), longest))
+        n_slots = longest + (MAX_DRAFT_TOKENS if decoding.drafter is not None else 0)
+        loop = _Loop(lm, decoding, open_rows(lm, min(decoding.batch_size, len(waiting)), n_slots))
     while waiting or loop.sequences:
         # The caller's code between two yields must not find itself in inference mode.
         with torch.inference_mode():
-            while waiting and loop.has_room:
-                loop.start(waiting.pop())
+            while waiting and loop.room:
+                loop.start(_of_one_length(waiting, loop.room))
             ended = loop.step()
         yield from ended
+
+
+def _of_one_length(waiting: list[Request], room: int) -> list[Request]:
+    """Take the next requests, the last of the list first, as long as their prompts are of one length."""
+    taken = [waiting.pop()]
+    while waiting and len(taken) < room and len(waiting[-1].prompt_ids) == len(taken[0].prompt_ids):
+        taken.append(waiting.pop())
+    return taken
 
 
 def _require_room(lm: CausalLM, request: Request) -> None:
@@ -99,63 +131,57 @@ class _Loop:
         self._lm, self._decoding, self._rows = lm, decoding, rows
 
     @property
-    def has_room(self) -> bool:
-        return len(self.sequences) < self._rows.n_rows
+    def room(self) -> int:
+        return self._rows.n_rows - len(self.sequences)
 
-    def start(self, request: Request) -> None:
-        """Read a prompt into the next row."""
+    def start(self, requests: list[Request]) -> None:
+        """Read prompts of one length into the next rows."""
+        drafter = self._decoding.drafter
         started = time.perf_counter()
-        hidden_state, logits = self._rows.prefill(len(self.sequences), request.prompt_ids)
+        prompts = [request.prompt_ids for request in requests]
+        hidden_states, logits = self._rows.prefill(len(self.sequences), prompts, drafter is not None)
         self._finish_on_device()
-        n = request.max_new_tokens
-        self.sequences.append(
-            _Sequence(
-                request=request,
-                token_ids=list(request.prompt_ids),
-                token_uniforms=uniforms(request.seed, request.index, TOKEN_STREAM, n).tolist(),
-                acceptance_uniforms=uniforms(request.seed, request.index, ACCEPTANCE_STREAM, n).tolist(),
-                hidden_state=hidden_state,
-                logits=logits,
-                lm_seconds=time.perf_counter() - started,
-            )
-        )
+        seconds = (time.perf_counter() - started) / len(requests)
+        for i, request in enumerate(requests):
+            sequence = _Sequence(request, list(request.prompt_ids), hidden_states[i][-1], logits[i], seconds)
+            if drafter is not None:
+                with _charged(sequence, "retrieval_seconds"):
+                    drafter.observe(request.index, request.prompt_ids, hidden_states[i])
+            self.sequences.append(sequence)
 
     def step(self) -> list[Generation]:
         """Append a chunk or a token to every sequence, read it where the text goes on; returns those that ended."""
-        taking_part = list(self.sequences)
-        started = time.perf_counter()
-        proposals = [self._propose(sequence) for sequence in taking_part]
-        proposed = time.perf_counter()
-        tokens = self._draw([sequence for sequence, chunk in zip(taking_part, proposals, strict=True) if not chunk])
-        drawn = time.perf_counter()
-        for sequence, chunk in zip(taking_part, proposals, strict=True):
-            self._append(sequence, chunk.token_ids if chunk else [next(tokens)], chunk)
+        proposals = [self._propose(sequence) for sequence in self.sequences]
+        self._draw([sequence for sequence, chunk in zip(self.sequences, proposals, strict=True) if not chunk])
+        for sequence, chunk in zip(self.sequences, proposals, strict=True):
+            with _charged(sequence, "rest_seconds"):
+                self._append(sequence, chunk.token_ids if chunk else [sequence.take_drawn()], chunk)
         ended = self._take_ended()
-        appended = time.perf_counter()
-        if self.sequences:
+        if self.sequences and self._decoding.drafter is None:
             self._read()
-        read = time.perf_counter()
-        for sequence in taking_part:
-            sequence.retrieval_seconds += (proposed - started) / len(taking_part)
-            sequence.lm_seconds += (drawn - proposed) / len(taking_part)
-            sequence.rest_seconds += (appended - drawn) / len(taking_part)
-        for sequence in self.sequences:
-            sequence.lm_seconds += (read - appended) / len(self.sequences)
-        return [_generation(sequence) for sequence in ended]
+        elif self.sequences:
+            self._verify([self._draft(sequence) for sequence in self.sequences])
+            ended += self._take_ended()
+        return [self._generation(sequence) for sequence in ended]
 
     def _propose(self, sequence: _Sequence) -> Proposal | None:
         if self._decoding.retriever is None:
             return None
-        uniform = sequence.acceptance_uniforms[sequence.n_new]
-        return self._decoding.retriever.chunk(sequence.token_ids[-1], sequence.hidden_state, uniform)
+        with _charged(sequence, "retrieval_seconds"):
+            uniform = sequence.acceptance_uniforms[sequence.n_new]
+            return self._decoding.retriever.chunk(sequence.token_ids[-1], sequence.hidden_state, uniform)
 
-    def _draw(self, sequences: list[_Sequence]) -> Iterator[int]:
-        """The next token of each sequence from the LM."""
-        if not sequences:
-            return iter(())
-        logits = sequences[0].logits[None] if len(sequences) == 1 else torch.stack([s.logits for s in sequences])
-        points = [sequence.token_uniforms[sequence.n_new] for sequence in sequences]
-        return iter(self._decoding.sampler.draw(logits, points, lambda i: sequences[i].token_ids))
+    def _draw(self, sequences: list[_Sequence]) -> None:
+        """The next token of each sequence from the LM, where it has not been drawn."""
+        lacking = [sequence for sequence in sequences if sequence.drawn is None]
+        if not lacking:
+            return
+        with _charged_to_all(lacking, "lm_seconds"):
+            logits = lacking[0].logits[None] if len(lacking) == 1 else torch.stack([s.logits for s in lacking])
+            points = [sequence.token_uniforms[sequence.n_new] for sequence in lacking]
+            drawn = self._decoding.sampler.draw(logits, points, lambda i: lacking[i].token_ids)
+        for sequence, token_id in zip(lacking, drawn, strict=True):
+            sequence.drawn = token_id
 
     def _append(self, sequence: _Sequence, token_ids: list[int], chunk: Proposal | None) -> None:
         """Add tokens to the text, cut at the first end-of-text token and at the number of new tokens asked for."""
@@ -192,13 +218,94 @@ class _Loop:
 
     def _read(self) -> None:
         """One forward pass over the unread tokens of every sequence."""
-        blocks = [Block(sequence.unread) for sequence in self.sequences]
-        hidden_states, logits = self._rows.forward(blocks, keep_all=False)
-        self._finish_on_device()
+        with _charged_to_all(self.sequences, "lm_seconds"):
+            blocks = [Block(sequence.unread) for sequence in self.sequences]
+            hidden_states, logits = self._rows.forward(blocks, keep_all=False)
+            self._finish_on_device()
         for row, sequence in enumerate(self.sequences):
             self._rows.commit(row, list(range(len(sequence.unread))))
             sequence.hidden_state, sequence.logits = hidden_states[row][-1], logits[row][-1]
             sequence.forward_passes += 1
+
+    # ---- Verified generation
+
+    def _draft(self, sequence: _Sequence) -> DraftTree:
+        drafter, room = self._decoding.drafter, sequence.request.max_new_tokens - sequence.n_new
+        assert drafter is not None
+        with _charged(sequence, "retrieval_seconds"):
+            # A node past the last token could never be accepted.
+            tree = drafter.draft(sequence.request.index, sequence.token_ids, sequence.hidden_state, room)
+        return tree if self._rows.takes_trees else tree.heaviest_line()
+
+    def _verify(self, trees: list[DraftTree]) -> None:
+        """One forward pass over the last token of every sequence and its tree; what is confirmed becomes text."""
+        blocks = [
+            Block(sequence.unread + tree.token_ids, [-1, *(parent + 1 for parent in tree.parents)])
+            for sequence, tree in zip(self.sequences, trees, strict=True)
+        ]
+        depths = [block.depths() for block in blocks]
+        with _charged_to_all(self.sequences, "lm_seconds"):
+            hidden_states, logits = self._rows.forward(blocks, keep_all=True)
+            drawn = self._draw_at_nodes(blocks, depths, logits)
+        for row, (sequence, block) in enumerate(zip(self.sequences, blocks, strict=True)):
+            with _charged(sequence, "rest_seconds"):
+                path = _confirmed_path(block, drawn[row])
+                path = self._accept(sequence, block, depths[row], path)
+                self._rows.commit(row, path)
+                sequence.hidden_state, sequence.drawn = hidden_states[row][path[-1]], drawn[row][path[-1]]
+                sequence.forward_passes += 1
+            self._observe(sequence, path, hidden_states[row])
+
+    def _draw_at_nodes(self, blocks: list[Block], depths: list[list[int]], logits: list[Tensor]) -> list[list[int]]:
+        """The token that the LM goes on with after each node, were it reached."""
+        sequences, nodes = (
+            self.sequences,
+            [(row, node) for row, block in enumerate(blocks) for node in range(len(block.token_ids))],
+        )
+        # Past the last new token nothing is drawn any more; any number will do there.
+        points = [(*sequence.token_uniforms, 0.0) for sequence in sequences]
+        uniforms = [
+            points[row][min(sequences[row].n_new + depths[row][node], len(points[row]) - 1)] for row, node in nodes
+        ]
+
+        def prefix(i: int) -> list[int]:
+            row, node = nodes[i]
+            return sequences[row].token_ids[:-1] + blocks[row].path_to(node)
+
+        tokens = iter(self._decoding.sampler.draw(torch.cat(logits), uniforms, prefix))
+        return [[next(tokens) for _ in block.token_ids] for block in blocks]
+
+    def _accept(self, sequence: _Sequence, block: Block, depths: list[int], path: list[int]) -> list[int]:
+        """Append the drafted tokens of the path; returns the path as far as the text goes."""
+        n_before = len(sequence.token_ids)
+        if len(path) > 1:
+            self._append(sequence, [block.token_ids[node] for node in path[1:]], None)
+        path = path[: 1 + len(sequence.token_ids) - n_before]
+        sequence.drafts.add(depths[1:], len(path) - 1)
+        return path
+
+    def _observe(self, sequence: _Sequence, path: list[int], hidden_states: Tensor) -> None:
+        assert self._decoding.drafter is not None
+        with _charged(sequence, "retrieval_seconds"):
+            read = sequence.token_ids[len(sequence.token_ids) - len(path) :]
+            kept = hidden_states[: len(path)] if path[-1] == len(path) - 1 else hidden_states[path]
+            self._decoding.drafter.observe(sequence.request.index, read, kept)
+
+    # ---- The end
+
+    def _generation(self, sequence: _Sequence) -> Generation:
+        if self._decoding.drafter is not None:
+            self._decoding.drafter.end(sequence.request.index)
+        stats = GenerationStats(
+            forward_passes=sequence.forward_passes,
+            seconds=sequence.lm_seconds + sequence.retrieval_seconds + sequence.rest_seconds,
+            lm_seconds=sequence.lm_seconds,
+            retrieval_seconds=sequence.retrieval_seconds,
+            drafts=sequence.drafts,
+        )
+        request = sequence.request
+        new_token_ids = sequence.token_ids[len(request.prompt_ids) :]
+        return Generation(request.index, request.prompt_ids, new_token_ids, sequence.chunks, stats)
 
     def _finish_on_device(self) -> None:
         """Wait for the forward pass, so that its time is not counted as that of what reads its result first."""
@@ -206,14 +313,30 @@ class _Loop:
             torch.cuda.synchronize(self._lm.device)
 
 
-def _generation(sequence: _Sequence) -> Generation:
-    stats = GenerationStats(
-        forward_passes=sequence.forward_passes,
-        seconds=sequence.lm_seconds + sequence.retrieval_seconds + sequence.rest_seconds,
-        lm_seconds=sequence.lm_seconds,
-        retrieval_seconds=sequence.retrieval_seconds,
+def _confirmed_path(block: Block, drawn: list[int]) -> list[int]:
+    """The nodes from the first on of which each is what the LM goes on with after the one before."""
+    assert block.parents is not None
+    path, children = (
+        [0],
+        {
+            (parent, token): node
+            for node, (parent, token) in enumerate(zip(block.parents, block.token_ids, strict=True))
+        },
     )
-    request = sequence.request
-    return Generation(
-        request.index, request.prompt_ids, sequence.token_ids[len(request.prompt_ids) :], sequence.chunks, stats
-    )
+    while (node := children.get((path[-1], drawn[path[-1]]))) is not None:
+        path.append(node)
+    return path
+
+
+@contextmanager
+def _charged_to_all(sequences: list[_Sequence], account: str) -> Iterator[None]:
+    """Add the block's seconds to an account, in equal parts to each sequence."""
+    started = time.perf_counter()
+    yield
+    seconds = (time.perf_counter() - started) / len(sequences)
+    for sequence in sequences:
+        setattr(sequence, account, getattr(sequence, account) + seconds)
+
+
+def _charged(sequence: _Sequence, account: str) -> AbstractContextManager[None]:
+    return _charged_to_all([sequence], account)

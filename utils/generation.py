@@ -1,7 +1,7 @@
 """What a generation is, as the decode loop hands it to the results: token ids, accepted chunks, counts and seconds."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Token ids to text, as a tokenizer's `decode`.
 Decode = Callable[[list[int]], str]
@@ -19,6 +19,32 @@ class AcceptedChunk:
     similarity: float
 
 
+@dataclass
+class DraftCounts:
+    """Verified generation's drafts. drafted[d] and accepted[d]: how many drafts reached d + 1 tokens ahead, and how
+    many of them had the token there accepted; draft_tokens counts all nodes of the trees."""
+
+    n_drafts: int = 0
+    draft_tokens: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    def add(self, depths: list[int], n_accepted: int) -> None:
+        """One draft: the depth of each node, 1 for the first drafted token, and how many tokens were accepted."""
+        self.n_drafts += bool(depths)
+        self.draft_tokens += len(depths)
+        deepest = max(depths, default=0)
+        for counts in (self.drafted, self.accepted):
+            counts += [0] * (deepest - len(counts))
+        for ahead in range(deepest):
+            self.drafted[ahead] += 1
+            self.accepted[ahead] += ahead < n_accepted
+
+    @property
+    def accepted_tokens(self) -> int:
+        return sum(self.accepted)
+
+
 @dataclass(frozen=True)
 class GenerationStats:
     """What one generation cost. forward_passes counts the prompt's; seconds hold lm_seconds and retrieval_seconds."""
@@ -27,6 +53,7 @@ class GenerationStats:
     seconds: float
     lm_seconds: float
     retrieval_seconds: float
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ one sequence, for architectures whose attention the slots do not fit; `open_rows
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -39,6 +41,10 @@ class Block:
     token_ids: list[int]
     parents: list[int] | None = None
 
+    @property
+    def is_line(self) -> bool:
+        return self.parents is None or self.parents == list(range(-1, len(self.parents) - 1))
+
     def depths(self) -> list[int]:
         """Position of each token in the text, counted from the first position of the block."""
         if self.parents is None:
@@ -47,6 +53,16 @@ class Block:
         for parent in self.parents:
             depths.append(0 if parent < 0 else depths[parent] + 1)
         return depths
+
+    def path_to(self, node: int) -> list[int]:
+        """Token ids from the block's first position on to a node."""
+        if self.parents is None:
+            return self.token_ids[: node + 1]
+        path = []
+        while node >= 0:
+            path.append(self.token_ids[node])
+            node = self.parents[node]
+        return path[::-1]
 
     def visibility(self) -> np.ndarray:
         """(T, T) bool: whether token i (row) sees token j: itself and its ancestors."""
@@ -67,8 +83,11 @@ class Rows(Protocol):
     takes_trees: bool
     lengths: list[int]
 
-    def prefill(self, row: int, input_ids: list[int]) -> tuple[Tensor, Tensor]:
-        """Start a sequence in a row; hidden state (D,) and logits (V,) of its last token."""
+    def prefill(self, row: int, texts: list[list[int]], all_hidden: bool = False) -> tuple[Tensor, Tensor]:
+        """Start sequences of one length in consecutive rows.
+
+        Hidden states (B, 1, D) of the last tokens, or (B, T, D) of all, and logits (B, V) of the last.
+        """
         ...
 
     def forward(self, blocks: list[Block], keep_all: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -110,24 +129,31 @@ class SlotRows:
         self._lm = lm
         # The last slot takes the padding's keys and values and is never looked at.
         self._placement = _Placement(n_rows, n_slots + 1)
-        self._cache = Cache(layer_class_to_replicate=lambda: _SlotLayer(self._placement))
+        make_layer: Any = partial(_SlotLayer, self._placement)
+        self._cache = Cache(layer_class_to_replicate=make_layer)
         config = lm.model.config.get_text_config()
         self._layer_types = sorted(set(getattr(config, "layer_types", None) or ()))
         self._window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         self._additive = config._attn_implementation == "eager"
 
-    def prefill(self, row: int, input_ids: list[int]) -> tuple[Tensor, Tensor]:
-        self._placement.place_line(slice(row, row + 1), 0, len(input_ids))
-        ids = torch.tensor([input_ids], device=self._lm.device)
-        hidden_states, logits = self._lm.forward(ids, logits_to_keep=1, past_key_values=self._cache, use_cache=True)
-        self.lengths[row] = len(input_ids)
-        return hidden_states[0, -1], logits[0, -1]
+    def prefill(self, row: int, texts: list[list[int]], all_hidden: bool = False) -> tuple[Tensor, Tensor]:
+        rows, length = slice(row, row + len(texts)), len(texts[0])
+        self._placement.place_line(rows, 0, length)
+        hidden_states, logits = self._lm.forward(
+            torch.tensor(texts, device=self._lm.device),
+            logits_to_keep=1,
+            all_hidden=all_hidden,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self.lengths[rows] = [length] * len(texts)
+        return hidden_states, logits[:, -1]
 
     def forward(self, blocks: list[Block], keep_all: bool) -> tuple[list[Tensor], list[Tensor]]:
         n_tokens = [len(block.token_ids) for block in blocks]
         longest, lengths = max(n_tokens), self.lengths[: len(blocks)]
         is_even = min(n_tokens) == longest and min(lengths) == max(lengths)
-        is_line = all(block.parents is None for block in blocks)
+        is_line = all(block.is_line for block in blocks)
         padded = [[0] * (longest - len(block.token_ids)) + block.token_ids for block in blocks]
         kwargs: dict[str, Any] = {}
         if is_even and is_line:
@@ -152,16 +178,20 @@ class SlotRows:
         start = self.lengths[row]
         if path != list(range(len(path))):
             source = torch.tensor(path, device=self._lm.device) + start
-            for layer in self._cache.layers:
-                for stored in (layer.keys, layer.values):
-                    stored[row, :, start : start + len(path)] = stored[row, :, source]
+            for stored in self._stored():
+                stored[row, :, start : start + len(path)] = stored[row, :, source]
         self.lengths[row] = start + len(path)
 
     def move(self, source: int, target: int) -> None:
-        for layer in self._cache.layers:
-            layer.keys[target] = layer.keys[source]
-            layer.values[target] = layer.values[source]
+        for stored in self._stored():
+            stored[target] = stored[source]
         self.lengths[target] = self.lengths[source]
+
+    def _stored(self) -> Iterator[Tensor]:
+        """Every layer's keys and values, (rows, heads, slots, head size) each."""
+        for layer in self._cache.layers:
+            assert isinstance(layer, _SlotLayer)
+            yield from layer.stored()
 
     def _in_window(self, length: int) -> bool:
         return self._window is None or length < self._window
@@ -253,6 +283,11 @@ class _SlotLayer(CacheLayerMixin):
             rows[torch.arange(len(rows), device=new.device)[:, None], :, slots] = new.transpose(1, 2)
         return rows[:, :, : placement.kv_length]
 
+    def stored(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._placement.kv_length, 0
 
@@ -277,20 +312,23 @@ class OneRow:
         self._cache: Any = None
         self._n_fed = 0
 
-    def prefill(self, row: int, input_ids: list[int]) -> tuple[Tensor, Tensor]:
+    def prefill(self, row: int, texts: list[list[int]], all_hidden: bool = False) -> tuple[Tensor, Tensor]:
+        (input_ids,) = texts
         self._cache, self.lengths = DynamicCache(config=self._lm.model.config), [0]
         self._cache.activate_past_recording()
-        (hidden_states,), (logits,) = self.forward([Block(input_ids)], keep_all=False)
+        (hidden_states,), (logits,) = self._forward(input_ids, logits_to_keep=1, all_hidden=all_hidden)
         self.commit(0, list(range(len(input_ids))))
-        return hidden_states[-1], logits[-1]
+        return hidden_states[None], logits[-1:]
 
     def forward(self, blocks: list[Block], keep_all: bool) -> tuple[list[Tensor], list[Tensor]]:
         (block,) = blocks
-        assert block.parents is None
-        self._n_fed = len(block.token_ids)
-        ids = torch.tensor([block.token_ids], device=self._lm.device)
-        keep = 0 if keep_all else 1
-        hidden_states, logits = self._lm.forward(ids, logits_to_keep=keep, past_key_values=self._cache, use_cache=True)
+        assert block.is_line
+        return self._forward(block.token_ids, logits_to_keep=0 if keep_all else 1)
+
+    def _forward(self, token_ids: list[int], **kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
+        self._n_fed = len(token_ids)
+        ids = torch.tensor([token_ids], device=self._lm.device)
+        hidden_states, logits = self._lm.forward(ids, past_key_values=self._cache, use_cache=True, **kwargs)
         return [hidden_states[0]], [logits[0]]
 
     def commit(self, row: int, path: list[int]) -> None:
@@ -316,7 +354,7 @@ def _slots_fit(lm: CausalLM) -> bool:
     try:
         rows = SlotRows(lm, 2, 5 + 3)
         for row, text in enumerate(texts):
-            rows.prefill(row, text)
+            rows.prefill(row, [text])
         _, (over_tree, over_line) = rows.forward([tree, line], keep_all=True)
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError):
         return False
@@ -332,7 +370,7 @@ def _slots_fit(lm: CausalLM) -> bool:
 def _require_cache(lm: CausalLM, rows: "OneRow") -> None:
     """Raise InputError where going on from the model's own cache does not give what the whole text gives."""
     text, more = _probe_text(lm, 3), _probe_text(lm, 2)
-    rows.prefill(0, text)
+    rows.prefill(0, [text])
     _, (logits,) = rows.forward([Block(more)], keep_all=False)
     if not _is_as_uncached(lm, logits[-1], text + more):
         message = "going on from its cache does not give what the whole text gives, so it cannot be decoded here"

@@ -1,6 +1,6 @@
 """The search for a proposal: the row of the entry token's trie whose context vector is most similar (paper section 4)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Retriever:
 
     datastore: Datastore
     acceptance: Acceptance
+    similarities: list[float] = field(default_factory=list)  # of every proposal so far, accepted or not
 
     def chunk(self, entry_token_id: int, hidden_state: Tensor, uniform: float) -> Proposal | None:
         """The chunk to emit after the entry token, or None. hidden_state (D,) at it; uniform in [0, 1) for bernoulli."""
@@ -36,6 +37,7 @@ class Retriever:
         if trie is None:
             return None
         row, similarity = nearest_row(hidden_state, trie.context_vectors)
+        self.similarities.append(similarity)
         if not self.acceptance.accepts(similarity, uniform):
             return None
         return Proposal(trie.chunk(row), similarity, row)

@@ -7,6 +7,7 @@ tokens a step brings, and verified decoding draws what plain decoding would have
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,12 +53,16 @@ class Sampler:
 
     def _process(self, logits: Tensor, prefixes: Callable[[int], list[int]]) -> Tensor:
         if not self.reads_text:
-            return self.processors(logits.new_zeros(len(logits), 1, dtype=torch.long), logits)
+            return self._run(logits.new_zeros(len(logits), 1, dtype=torch.long), logits)
         rows = []
         for i, row in enumerate(logits):
             text = torch.tensor([prefixes(i)], device=logits.device)
-            rows.append(self.processors(text, row[None]))
+            rows.append(self._run(text, row[None]))
         return torch.cat(rows)
+
+    def _run(self, input_ids: Any, logits: Any) -> Tensor:
+        # The library's annotations name tensor classes that no tensor is of.
+        return self.processors(input_ids, logits)
 
 
 def uniforms(seed: int, sequence: int, stream: int, n: int) -> np.ndarray:

@@ -1,0 +1,109 @@
+"""Stage 5: generate with chunks from the datastore, without them, or both side by side.
+
+Reads   TOKEN_TRIE_DIR/token_trie_{dataset}_DS{model_ds}_H{model_gen}/{partition}_{γ}/   the tries of stages 3 and 4
+        PROMPT_FILE   a JSON list of strings or of objects with "prompt" or "text", or JSON Lines with "turns"
+Writes  .../individual_flattened_tries/{id}.pkl   the tries as they are searched, once
+        SAVE_DIR/prompt_{i}.json, SAVE_DIR/summary.json
+Run     python eval.py --model_path gpt2 --token_trie_dir out --dataset wikitext-103-v1 --partition train \\
+            --tok_prob_threshold 0.9 --model_ds gpt2 --model_gen gpt2 --prompt_file prompts.json --save_dir results
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from utils.cli import (
+    Parser,
+    add_datastore_labels,
+    add_excluded_tries,
+    add_model,
+    cosine,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    probability,
+    run_script,
+    top_p,
+)
+from utils.display import use_colour
+from utils.files import make_folder, require_folder, sole_writer
+from utils.prompts import read_prompts, require_template
+from utils.token_trie import find_trie_folder, read_token_id_list
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add_model(parser)
+    source = parser.add_argument_group("datastore (not needed with --gen_baseline_only)")
+    source.add_argument("--token_trie_dir", type=Path, help="the --output_dir of stage 3, or a trie folder in it")
+    add_datastore_labels(parser, "--dataset", required=False)
+    add_excluded_tries(parser)
+    parser.add_argument("--exclude_huge_token_tries", action="store_true", help="leave out tries over --huge_trie_rows")
+    parser.add_argument("--huge_trie_rows", type=positive_int, default=100_000, help="rows that make a trie huge")
+    parser.add_argument("--no_reprocessing", action="store_true", help="take the flattened tries as they are")
+    parser.add_argument("--trie_cache_gb", type=positive_float, default=4.0, help="GB of tries kept in memory")
+    parser.add_argument("--move_trie_to_gpu", action="store_true", help="hold all tries on --device from the start")
+    parser.add_argument("--prompt_file", type=Path, required=True, help="prompts: JSON list or JSON Lines")
+    parser.add_argument("--prompt_template", help="text around each prompt, such as 'Q: {prompt}\\nA:' (default: none)")
+    parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
+    parser.add_argument("--save_dir", type=Path, required=True, help="folder for prompt_{i}.json and summary.json")
+    parser.add_argument("--overwrite", action="store_true", help="replace runs of other settings in --save_dir")
+    parser.add_argument(
+        "--similarity_threshold",
+        type=cosine,
+        default=0.5,
+        help="θ in [-1, 1]: cosine similarity from which a chunk is accepted; 1 disables retrieval",
+    )
+    parser.add_argument(
+        "--acceptance",
+        choices=("threshold", "bernoulli"),
+        default="threshold",
+        help="threshold accepts iff similarity >= θ; bernoulli with probability (s - η) / (1 - η), η = 2θ - 1",
+    )
+    parser.add_argument("--q_max", type=probability, default=0.999, help="highest acceptance probability of bernoulli")
+    parser.add_argument("--max_new_tokens", type=positive_int, default=50, help="tokens per prompt, at most")
+    parser.add_argument("--temperature", type=non_negative_float, default=1.0, help="of the LM's tokens; 0 is greedy")
+    parser.add_argument(
+        "--top_k", type=non_negative_int, default=0, help="draw from the k likeliest tokens; 0: from all"
+    )
+    parser.add_argument("--top_p", type=top_p, default=1.0, help="draw from the likeliest tokens of this total mass")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="same seed, same text, on one machine")
+    parser.add_argument("--batch_size", type=positive_int, default=1, help="prompts decoded together")
+    parser.add_argument("--gen_baseline_only", action="store_true", help="generate without a datastore, and only that")
+    parser.add_argument("--compare_baseline", action="store_true", help="generate with and without, prompt by prompt")
+    args = parser.parse_args(argv)
+    if args.gen_baseline_only and args.compare_baseline:
+        parser.error("--gen_baseline_only leaves out what --compare_baseline compares with; give one of them")
+    if not args.gen_baseline_only:
+        needed = ("token_trie_dir", "dataset_name", "model_ds", "model_gen", "partition", "tok_prob_threshold")
+        missing = [name.removesuffix("_name") for name in needed if getattr(args, name) is None]
+        if missing:
+            parser.error(f"needs --{', --'.join(missing)}; or --gen_baseline_only, which reads no datastore")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    prompts = read_prompts(args.prompt_file)
+    require_template(args.prompt_template, args.chat)
+    trie_folder: Path | None = None
+    excluded: frozenset[int] = frozenset()
+    if not args.gen_baseline_only:
+        require_folder(args.token_trie_dir, "save_token_trie_info.py wrote its tries to")
+        labels = (args.dataset_name, args.model_ds, args.model_gen, args.partition, args.tok_prob_threshold)
+        trie_folder = find_trie_folder(args.token_trie_dir, *labels, any_partition=True)
+        if args.excluded_tries_prior:
+            excluded = frozenset(read_token_id_list(args.excluded_tries_prior))
+    make_folder(args.save_dir)
+    # What follows takes seconds to import, which wrong input need not wait for.
+    from utils.evaluation import Evaluation
+
+    with sole_writer(args.save_dir, "eval"):
+        evaluation = Evaluation(args, prompts, trie_folder, excluded)
+        evaluation.run()
+    print(evaluation.report(colour=use_colour(sys.stdout)))
+
+
+if __name__ == "__main__":
+    run_script(main)

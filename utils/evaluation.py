@@ -1,0 +1,191 @@
+"""What stage 5 does: check that model, prompts and datastore belong together, generate what is not there yet, report."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from utils.acceptance import Acceptance
+from utils.datastore import Datastore, open_datastore
+from utils.decoding import Decoding, Request, decode
+from utils.display import format_example, format_table
+from utils.files import InputError, file_fingerprint, read_finished
+from utils.generation import Generation
+from utils.models import CausalLM, load_config, load_lm, load_tokenizer, model_fingerprint, tokenizer_fingerprint
+from utils.perplexity import negative_log_likelihood
+from utils.prompts import Prompt, encode_prompts, require_room
+from utils.results import (
+    BASELINE,
+    pending_runs,
+    prompt_path,
+    read_run,
+    run_name,
+    save_run,
+    typical_prompt,
+    write_summary,
+)
+from utils.retrieval import Retriever
+from utils.sampling import Sampler
+from utils.token_trie import HIDDEN_STATES_MANIFEST
+
+WARM_UP_TOKENS = 8
+BYTES_PER_GB = 10**9
+
+
+class Evaluation:
+    """The runs of one command: `run` generates and saves them, `report` says what came out."""
+
+    def __init__(
+        self, args: argparse.Namespace, prompts: list[Prompt], trie_folder: Path | None, excluded: frozenset[int]
+    ) -> None:
+        """Raises InputError where a prompt has no room, or the datastore is not this model's."""
+        self._args, self._prompts, self._trie_folder, self._excluded = args, prompts, trie_folder, excluded
+        config = load_config(args.model_path, args.cache_dir)
+        self._tokenizer = load_tokenizer(args.model_path, args.cache_dir)
+        self._encoded = encode_prompts(prompts, self._tokenizer, args.prompt_template, args.chat)
+        n_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        require_room(prompts, self._encoded, n_positions, args.max_new_tokens)
+        self._model_fingerprint = model_fingerprint(args.model_path, args.cache_dir)
+        if trie_folder is not None:
+            _require_same_model(trie_folder, self._model_fingerprint, self._tokenizer, args.model_path)
+        self._chunk_run = run_name("chunk", args.similarity_threshold)
+        self._retriever: Retriever | None = None
+
+    def run(self) -> None:
+        """Generate every run that a prompt still lacks and save it as it ends."""
+        pending = pending_runs(self._args.save_dir, self._prompt_pairs(), self._settings(), self._args.overwrite)
+        if not any(pending):
+            return
+        lm = load_lm(self._args.model_path, self._args.device, self._args.dtype, self._args.cache_dir)
+        decodings = {name: self._decoding(name, lm) for name in self._settings()}
+        self._warm_up(lm, decodings)
+        with tqdm(total=sum(map(len, pending)), desc="generating", unit="run") as bar:
+            for n_turn, indices in enumerate(self._batches(pending)):
+                names = list(decodings)
+                # Each goes first half of the time, so that neither always finds the caches warm.
+                for name in names if n_turn % 2 == 0 else reversed(names):
+                    requests = [self._request(index) for index in indices if name in pending[index]]
+                    for generation in decode(lm, requests, decodings[name]):
+                        self._save(lm, name, generation)
+                        bar.update()
+
+    def report(self, colour: bool) -> str:
+        """The table of all runs, one generation with its chunks marked, and where the files are, for this stream."""
+        save_dir = self._args.save_dir
+        parts = [format_table(write_summary(save_dir))]
+        if self._chunk_run in self._settings():
+            index = typical_prompt(save_dir, self._chunk_run)
+            generation = read_run(save_dir, index, self._chunk_run)
+            parts.append(format_example(generation, self._chunk_run, self._decode, colour))
+        if self._retriever is not None and self._retriever.similarities:
+            parts.append(_describe(np.array(self._retriever.similarities), self._retriever.acceptance))
+        parts.append(f"Every generation: {prompt_path(save_dir, 0)} and on; totals: {save_dir / 'summary.json'}")
+        return "\n\n".join(parts)
+
+    def _prompt_pairs(self) -> list[tuple[str, list[int]]]:
+        return [(prompt.text, ids) for prompt, ids in zip(self._prompts, self._encoded, strict=True)]
+
+    def _settings(self) -> dict[str, dict[str, Any]]:
+        """By the name of each run: all that decides its tokens. The baseline's are among the others'."""
+        args = self._args
+        shared = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "dtype", "device")
+        baseline = {"model": self._model_fingerprint} | {name: getattr(args, name) for name in shared}
+        if args.gen_baseline_only:
+            return {BASELINE: baseline}
+        assert self._trie_folder is not None
+        chunk = baseline | {
+            "datastore": file_fingerprint(self._trie_folder / HIDDEN_STATES_MANIFEST),
+            "excluded": sorted(self._excluded),
+            "max_rows": args.huge_trie_rows if args.exclude_huge_token_tries else None,
+            "acceptance": args.acceptance,
+            "q_max": args.q_max if args.acceptance == "bernoulli" else None,
+        }
+        return ({BASELINE: baseline} if args.compare_baseline else {}) | {self._chunk_run: chunk}
+
+    def _decoding(self, name: str, lm: CausalLM) -> Decoding:
+        args = self._args
+        sampler = Sampler.from_settings(args.temperature, args.top_k, args.top_p)
+        if name != BASELINE:
+            acceptance = Acceptance(args.similarity_threshold, args.acceptance, args.q_max)
+            self._retriever = Retriever(self._open_datastore(lm), acceptance)
+        retriever = None if name == BASELINE else self._retriever
+        return Decoding(sampler, eos_token_ids(lm, self._tokenizer), retriever, args.batch_size)
+
+    def _open_datastore(self, lm: CausalLM) -> Datastore:
+        args = self._args
+        assert self._trie_folder is not None
+        datastore = open_datastore(
+            self._trie_folder,
+            device=lm.device,
+            max_bytes=int(args.trie_cache_gb * BYTES_PER_GB),
+            excluded=self._excluded,
+            max_rows=args.huge_trie_rows if args.exclude_huge_token_tries else None,
+            reprocess=not args.no_reprocessing,
+        )
+        if datastore.hidden_size != lm.hidden_size:
+            got = f"hidden size {datastore.hidden_size} but {args.model_path} has {lm.hidden_size}"
+            raise InputError(f"{self._trie_folder}: {got}; rebuild the datastore with this model")
+        if args.move_trie_to_gpu:
+            datastore.load_all()
+        return datastore
+
+    def _warm_up(self, lm: CausalLM, decodings: dict[str, Decoding]) -> None:
+        """First calls pay for what later ones do not; none of it is kept."""
+        n_tokens = min(WARM_UP_TOKENS, self._args.max_new_tokens)
+        for decoding in decodings.values():
+            for _ in decode(lm, [Request(0, self._encoded[0], n_tokens)], decoding):
+                pass
+        if self._retriever is not None:
+            self._retriever.similarities.clear()
+
+    def _batches(self, pending: list[list[str]]) -> Iterator[list[int]]:
+        """The prompts that lack a run, as many at a time as are decoded together."""
+        lacking = [index for index, names in enumerate(pending) if names]
+        for start in range(0, len(lacking), self._args.batch_size):
+            yield lacking[start : start + self._args.batch_size]
+
+    def _request(self, index: int) -> Request:
+        return Request(index, self._encoded[index], self._args.max_new_tokens, self._args.seed)
+
+    def _save(self, lm: CausalLM, name: str, generation: Generation) -> None:
+        nll = negative_log_likelihood(lm, generation.prompt_ids, generation.new_token_ids)
+        prefix = self._prompts[generation.index].text
+        save_run(self._args.save_dir, name, generation, prefix, self._settings()[name], self._decode, nll)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+
+
+def _require_same_model(
+    trie_folder: Path, fingerprint: str, tokenizer: PreTrainedTokenizerBase, model_path: str
+) -> None:
+    """Raise InputError where the datastore's context vectors or token ids are another model's."""
+    path = trie_folder / HIDDEN_STATES_MANIFEST
+    inputs = read_finished(path, "make_token_trie.py").inputs
+    if inputs.get("tokenizer") != tokenizer_fingerprint(tokenizer):
+        raise InputError(f"{path}: the datastore was made with another tokenizer than {model_path}'s; make it anew")
+    if inputs.get("model_gen") != fingerprint:
+        raise InputError(f"{path}: its hidden states are another model's than {model_path}; make them anew with it")
+
+
+def eos_token_ids(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end a text: those of the generation config, else the tokenizer's."""
+    found = lm.model.generation_config.eos_token_id
+    if found is None:
+        found = tokenizer.eos_token_id
+    return frozenset(() if found is None else [found] if isinstance(found, int) else found)
+
+
+def _describe(similarities: np.ndarray, acceptance: Acceptance) -> str:
+    """The distribution of the best similarities, without which θ says little: it differs from model to model."""
+    quantiles = np.percentile(similarities, [5, 25, 50, 75, 95])
+    shown = ", ".join(f"{share}% {value:.3f}" for share, value in zip((5, 25, 50, 75, 95), quantiles, strict=True))
+    above = (similarities >= acceptance.similarity_threshold).mean()
+    return (
+        f"Best similarity of {len(similarities)} proposals, quantiles: {shown}; "
+        f"{above:.1%} are at or above θ = {acceptance.similarity_threshold}"
+    )
