@@ -16,6 +16,7 @@ from utils.files import InputError
 from utils.generation import AcceptedChunk, Generation, GenerationStats, text_pieces
 from utils.results import (
     BASELINE,
+    SESSION,
     pending_runs,
     prompt_path,
     read_run,
@@ -118,6 +119,7 @@ def test_prompt_file_holds_both_runs_and_their_figures(tmp_path: Path) -> None:
             },
         },
         "settings": SETTINGS,
+        "session": {BASELINE: SESSION, CHUNK: SESSION},
     }
 
 
@@ -287,6 +289,8 @@ def _with(value: Any, *keys: str) -> Callable[[dict[str, Any]], None]:
         _without("metrics", CHUNK),
         _without("metrics", CHUNK, "seconds"),
         _without("settings", CHUNK),
+        _without("session"),
+        _without("session", CHUNK),
         _with([], "settings"),
         _with(3, "settings", CHUNK),
         _with(3, "generation", "generation_t0.5_text"),
@@ -346,6 +350,7 @@ def test_summary_is_over_tokens_not_a_mean_of_ratios(tmp_path: Path, summary: di
     # Over prompts 0 and 1, which the baseline has too: 4.5 s / 12 tokens against 3.0 s / 8 tokens, which is the same.
     assert run["tts"] == 0.0
     assert run["tts_prompts"] == 2
+    assert run["tts_same_run"]
     assert run["share_from_chunks"] == 12 / 18
     assert run["mean_chunk_length"] == 2.0
     assert run["settings"] == SETTINGS[CHUNK]
@@ -374,6 +379,15 @@ def test_summary_perplexity_is_token_weighted(tmp_path: Path) -> None:
     run = write_summary(tmp_path)["runs"][CHUNK]
     assert run["perplexity"] == pytest.approx(7.389056)  # e^((6 + 10) / (6 + 2))
     assert run["perplexity_prompts"] == 2
+
+
+def test_table_says_where_the_baseline_was_timed_by_another_command(tmp_path: Path) -> None:
+    save_run(tmp_path, CHUNK, chunk_generation(), "ab", SETTINGS[CHUNK], letters, session="yesterday")
+    save_baseline(tmp_path)
+    summary = write_summary(tmp_path)
+    assert summary["runs"][CHUNK]["tts"] == 0.5
+    assert summary["runs"][CHUNK]["tts_same_run"] is False
+    assert "TTS of generation_t0.5: the baseline was timed by another command" in format_table(summary)
 
 
 def test_example_to_show_has_the_median_share_from_chunks(tmp_path: Path) -> None:

@@ -57,6 +57,10 @@ def _format_group(runs: Mapping[str, Mapping[str, Any]]) -> str:
     for label, *cells in rows:
         right = (f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
         lines.append(f"{label:<{widths[0]}}{''.join(right)}".rstrip())
+    if apart := [name for name, run in runs.items() if not run.get("tts_same_run", True)]:
+        lines.append(
+            f"TTS of {', '.join(apart)}: the baseline was timed by another command; time both by one to compare"
+        )
     return "\n".join(lines)
 
 

@@ -1,15 +1,18 @@
 """Results: `prompt_{i}.json` with every run of one prompt, and `summary.json` over all prompts.
 
-A prompt's file has four parts. `generation`: `prefix` (the prompt's text) and per run `{run}_text` (what follows it),
+A prompt's file has five parts. `generation`: `prefix` (the prompt's text) and per run `{run}_text` (what follows it),
 `{run}_tokens` (one flat list, the prompt's first) and in chunk mode `{run}_retrieved_phrases`. `time`: seconds per run.
-`metrics`: per run, what was counted. `settings`: per run, what decided its tokens. A run adds its own keys and never
-drops another's; its numbers are those of the paper's section 6, FPS and TTS among them.
+`metrics`: per run, what was counted. `settings`: per run, what decided its tokens. `session`: the process that timed
+it, since times of two processes compare badly. A run adds its own keys and never drops another's; its numbers are those
+of the paper's section 6, FPS and TTS among them.
 """
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +23,12 @@ from utils.generation import AcceptedChunk, Decode, Generation, GenerationStats,
 
 BASELINE = "baseline_generation"
 SUMMARY = "summary.json"
-SECTIONS = ("generation", "time", "metrics", "settings")
+SECTIONS = ("generation", "time", "metrics", "settings", "session")
 COUNTS = ("prompt_tokens", "new_tokens", "forward_passes", "chunks_accepted", "tokens_from_chunks")
 SECONDS = ("seconds", "lm_seconds", "retrieval_seconds")
+
+# This process, by its start and number.
+SESSION = f"{datetime.now(UTC).isoformat(timespec='seconds')} {os.getpid()}"
 
 Results = dict[str, dict[str, Any]]
 
@@ -142,6 +148,7 @@ def save_run(
     settings: Mapping[str, Any],
     decode: Decode,
     nll: float | None = None,
+    session: str = SESSION,
 ) -> None:
     """Add a run to its prompt's file.
 
@@ -169,6 +176,7 @@ def save_run(
     results["time"][_time_key(name)] = generation.stats.seconds
     results["metrics"][name] = _metrics(generation, nll)
     results["settings"][name] = _as_stored(settings)
+    results["session"][name] = session
     _write(path, results)
 
 
@@ -265,7 +273,7 @@ def _read(path: Path) -> Results:
         is_sound = isinstance(results["generation"]["prefix"], str)
         is_sound &= all(isinstance(results[section], dict) for section in SECTIONS)
         is_sound &= all(_is_sound_run(results, name) for name in results["settings"])
-        is_sound &= results["metrics"].keys() == results["settings"].keys()
+        is_sound &= results["metrics"].keys() == results["settings"].keys() == results["session"].keys()
     except (KeyError, TypeError, AttributeError):
         is_sound = False
     if not is_sound:
@@ -315,7 +323,8 @@ def write_summary(save_dir: Path) -> dict[str, Any]:
     """Sum up every run over all prompts in the folder into `summary.json`, and return that.
 
     `n_prompts`, and `runs`: by name, totals with what follows from them, `spread` over prompts of each figure in
-    SPREAD (median, quartiles, lowest and highest) and the run's `settings`. Raises InputError where a file is damaged.
+    SPREAD (median, quartiles, lowest and highest) and the run's `settings`. `tts_same_run` says whether one process timed
+    the baseline too: over two, TTS also holds what else the machine did. Raises InputError where a file is damaged.
     """
     by_run: dict[str, list[Results]] = {}
     n_prompts = 0
@@ -323,7 +332,7 @@ def write_summary(save_dir: Path) -> dict[str, Any]:
         n_prompts += 1
         for name in results["settings"]:
             # Token ids and texts are not kept, so memory grows with the number of prompts alone.
-            kept = {"metrics": results["metrics"], "settings": results["settings"][name]}
+            kept = {key: results[key] for key in ("metrics", "session")} | {"settings": results["settings"][name]}
             by_run.setdefault(name, []).append(kept)
     runs = {name: _summarize_run(name, by_run[name]) for name in sorted(by_run, key=_order)}
     summary = {"n_prompts": n_prompts, "runs": runs}
@@ -344,11 +353,7 @@ def _summarize_run(name: str, stored: Sequence[Results]) -> dict[str, Any]:
         "share_from_chunks": _ratio(total["tokens_from_chunks"], total["new_tokens"]),
         "mean_chunk_length": _ratio(total["tokens_from_chunks"], total["chunks_accepted"]),
     }
-    if pairs := [
-        (results["metrics"][name], results["metrics"][BASELINE]) for results in stored if _has_tts(results, name)
-    ]:
-        of_run, of_baseline = (_total(side) for side in zip(*pairs, strict=True))
-        run |= {"tts": _time_saved(of_run, of_baseline), "tts_prompts": len(pairs)}
+    run |= _compare_times(name, [results for results in stored if results["metrics"][name].get("tts") is not None])
     if scored := [prompt for prompt in metrics if "nll" in prompt]:
         nll, n_tokens = sum(prompt["nll"] for prompt in scored), sum(prompt["new_tokens"] for prompt in scored)
         run |= {"nll": nll, "perplexity": _perplexity(nll, n_tokens), "perplexity_prompts": len(scored)}
@@ -356,12 +361,17 @@ def _summarize_run(name: str, stored: Sequence[Results]) -> dict[str, Any]:
     return run | {"spread": spread, "settings": stored[0]["settings"]}
 
 
-def _has_tts(results: Results, name: str) -> bool:
-    return results["metrics"][name].get("tts") is not None
+def _compare_times(name: str, stored: Sequence[Results]) -> dict[str, Any]:
+    """TTS over prompts that the baseline has too; nothing where there are none."""
+    if not stored:
+        return {}
+    tts = _time_saved(_total(stored, name), _total(stored, BASELINE))
+    is_same = all(results["session"][name] == results["session"][BASELINE] for results in stored)
+    return {"tts": tts, "tts_prompts": len(stored), "tts_same_run": is_same}
 
 
-def _total(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {key: sum(prompt[key] for prompt in metrics) for key in ("seconds", "new_tokens")}
+def _total(stored: Sequence[Results], name: str) -> dict[str, float]:
+    return {key: sum(results["metrics"][name][key] for results in stored) for key in ("seconds", "new_tokens")}
 
 
 # Figures of one prompt whose spread over prompts is reported.
