@@ -17,9 +17,10 @@ dataset=
 model_ds=
 model_gen=
 partition=train
-tok_prob_threshold=0.3
-similarity_threshold=0.5
+tok_prob_threshold=0.1
+similarity_threshold=0.9
 max_new_tokens=100
+temperature=0.7
 output_dir=
 prompt_file=
 input_files=()
@@ -64,7 +65,8 @@ Generation
   --similarity_threshold θ   in [-1, 1]: cosine similarity from which a chunk is accepted (default: $similarity_threshold)
   --acceptance NAME          threshold or bernoulli (default: threshold)
   --max_new_tokens N         per prompt (default: $max_new_tokens)
-  --temperature T, --top_k K, --top_p P, --seed N     drawing of tokens (default: eval.py's)
+  --temperature T            of the model's tokens; 0 is greedy (default: $temperature)
+  --top_k K, --top_p P, --seed N                      drawing of tokens (default: eval.py's)
 Output
   --output_dir DIR           for everything (default: output/DATASET in the repository)
   --overwrite                replace generations there that were made with other settings
@@ -100,6 +102,7 @@ parse_flags() {
         --model_ds) model_ds=$value ;;
         --tok_prob_threshold) tok_prob_threshold=$value ;;
         --similarity_threshold) similarity_threshold=$value ;;
+        --temperature) temperature=$value ;;
         --max_new_tokens) max_new_tokens=$value ;;
         --output_dir) output_dir=$value ;;
         --prompt_file) prompt_file=$value ;;
@@ -109,7 +112,7 @@ parse_flags() {
         --chunk_size | --stride | --min_length) window_flags+=("$1" "$value") ;;
         --max_chunk_length | --skip_first_tokens) chunk_flags+=("$1" "$value") ;;
         --max_workers) trie_flags+=("$1" "$value") ;;
-        --prompt_template | --acceptance | --temperature | --top_k | --top_p | --seed) eval_flags+=("$1" "$value") ;;
+        --prompt_template | --acceptance | --top_k | --top_p | --seed) eval_flags+=("$1" "$value") ;;
         --input_files) ;;
         *) refuse "unknown flag '$1' (see --help)" ;;
         esac
@@ -199,8 +202,8 @@ stage_4() {
 stage_5() {
     command=(eval.py --model_path "$model_gen" --token_trie_dir "$output_dir/tries" --dataset "$dataset")
     command+=("${labels[@]}" --prompt_file "$prompt_file" --save_dir "$save_dir")
-    command+=(--similarity_threshold "$similarity_threshold" --max_new_tokens "$max_new_tokens" --compare_baseline)
-    command+=("${eval_flags[@]}" "${model_flags[@]}" "${cache_flags[@]}")
+    command+=(--similarity_threshold "$similarity_threshold" --max_new_tokens "$max_new_tokens")
+    command+=(--temperature "$temperature" --compare_baseline "${eval_flags[@]}" "${model_flags[@]}" "${cache_flags[@]}")
 }
 
 # check STAGE...: let the script judge its flags, so that a wrong one for the last stage does not cost the first four.
