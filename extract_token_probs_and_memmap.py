@@ -169,7 +169,7 @@ def extract_missing(
 
 
 def report(args: argparse.Namespace, results: dict[str, Any], speed: str) -> None:
-    short = f" ({results['n_short_passages']:,} shorter ones left out)" if results["n_short_passages"] else ""
+    short = f" ({results['n_short_passages']:,} shorter left out)" if results["n_short_passages"] else ""
     perplexity = f", perplexity {results['perplexity']:.3f}" if results["perplexity"] else ""
     counts = f"{results['n_windows']:,} windows, {results['n_tokens']:,} tokens"
     print(f"{args.partition}: {results['n_passages']:,} passages{short}, {counts}{perplexity}{speed}")

@@ -153,7 +153,7 @@ def test_files_hold_what_each_window_gives_by_itself(
     assert results["outputs"] == ["token_probs", "hidden_states", "memmap"]
 
     summary = f"{len(expected)} windows, {results['n_tokens']:,} tokens, perplexity {results['perplexity']:.3f}"
-    assert f"train: 5 passages (1 shorter ones left out), {summary}" in out
+    assert f"train: 5 passages (1 shorter left out), {summary}" in out
     assert "tokens/s (float32 on cpu)" in out
     assert f"{stage.output_dir}/train.h5" in out
     assert "extracting" in err

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from utils.corpora import Passage
 
 # Passages are tokenised together until they hold this many characters: enough for all of a fast tokenizer's threads.
-TOKENIZED_CHARACTERS = 1 << 20
+TOKENIZED_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)
