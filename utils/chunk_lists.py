@@ -11,23 +11,25 @@ datastores of one text that differ in it, or in γ, share what is the same.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from utils.chunks import ChunkRows, concatenate_rows, find_chunks
-from utils.files import InputError, json_list_writer
+from utils.files import InputError, JsonText, json_list_writer
 from utils.token_probs import read_token_probs_and_json
 from utils.token_trie import in_name
 from utils.windows import window_bytes
 
 # Windows whose chunks are found at once: enough to make arrays worth while, few enough to hold their texts.
 BATCH_WINDOWS = 256
-Writer = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,14 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class _Window:
-    number: int
+class _Batch:
+    """Consecutive windows, one after the other: T tokens."""
+
+    first_window: int
+    lengths: list[int]
     texts: list[str]
-    token_ids: np.ndarray  # (L,) int32
-    probabilities: np.ndarray  # (L,) float64
+    token_ids: np.ndarray  # (T,) int32
+    probabilities: np.ndarray  # (T,) float64
 
 
 def write_chunk_lists(
@@ -112,34 +117,43 @@ def write_chunk_lists(
     """
     parts = []
     with ExitStack() as stack:
-        writers = [None if path.exists() else stack.enter_context(json_list_writer(path)) for path in paths.lists]
-        for windows in _batches(corpus, progress, writers[0]):
-            rows = _find_in(windows, rule)
-            _write_plateaus(windows, rows, writers[1], writers[2])
+        write_window, write_ids, write_rows = (
+            _skip if path.exists() else stack.enter_context(json_list_writer(path)) for path in paths.lists
+        )
+        for batch in _batches(corpus, progress, write_window):
+            rows = _find_in(batch, rule)
+            if (write_ids, write_rows) != (_skip, _skip):
+                _write_plateaus(batch, rows, write_ids, write_rows)
             parts.append(rows)
     return concatenate_rows(parts)
 
 
+def _skip(_: Any) -> None:
+    """The writer of a list that is there."""
+
+
 def _batches(
-    corpus: Corpus, progress: Callable[[Iterable[int]], Iterable[int]], write: Writer | None
-) -> Iterator[list[_Window]]:
-    """All windows in order, `BATCH_WINDOWS` at a time and none twice; `write` gets each one's JSON."""
-    digest, batch = hashlib.sha256(), []
-    for number in progress(range(corpus.n_windows)):
-        texts, token_ids, probabilities, line = read_token_probs_and_json(corpus.token_prob_dir, number)
-        _require_known(corpus, number, token_ids)
-        digest.update(window_bytes(token_ids))
-        if write is not None:
+    corpus: Corpus, progress: Callable[[Iterable[int]], Iterable[int]], write: Callable[[Any], None]
+) -> Iterator[_Batch]:
+    """All windows in order, `BATCH_WINDOWS` at a time; `write` gets each one's JSON."""
+    digest = hashlib.sha256()
+    numbers = iter(progress(range(corpus.n_windows)))
+    while group := list(islice(numbers, BATCH_WINDOWS)):
+        texts, token_ids, probabilities = [], [], []
+        for number in group:
+            window_texts, ids, probs, line = read_token_probs_and_json(corpus.token_prob_dir, number)
+            _require_known(corpus, number, ids)
+            digest.update(window_bytes(ids))
             write(line)
-        batch.append(_Window(number, texts, token_ids, probabilities))
-        if len(batch) == BATCH_WINDOWS:
-            yield batch
-            batch = []
+            texts += window_texts
+            token_ids.append(ids)
+            probabilities.append(probs)
+        yield _Batch(
+            group[0], list(map(len, token_ids)), texts, np.concatenate(token_ids), np.concatenate(probabilities)
+        )
     if digest.hexdigest() != corpus.windows_fingerprint:
         where = f"{corpus.token_prob_dir}: its windows are not those that its manifest was written for"
         raise InputError(f"{where}; run stage 2 again in an empty folder")
-    if batch:
-        yield batch
 
 
 def _require_known(corpus: Corpus, window: int, token_ids: np.ndarray) -> None:
@@ -148,31 +162,36 @@ def _require_known(corpus: Corpus, window: int, token_ids: np.ndarray) -> None:
         raise InputError(f"{corpus.token_prob_dir}: {got}; give the tokenizer of stage 2 as --model_name")
 
 
-def _find_in(windows: list[_Window], rule: ChunkRule) -> ChunkRows:
+def _find_in(batch: _Batch, rule: ChunkRule) -> ChunkRows:
     return find_chunks(
-        np.concatenate([window.token_ids for window in windows]),
-        np.concatenate([window.probabilities for window in windows]),
-        np.array([len(window.token_ids) for window in windows]),
+        batch.token_ids,
+        batch.probabilities,
+        np.array(batch.lengths),
         tok_prob_threshold=rule.tok_prob_threshold,
         skip_first_tokens=rule.skip_first_tokens,
         max_chunk_length=rule.max_chunk_length,
-        first_window=windows[0].number,
+        first_window=batch.first_window,
     )
 
 
 def _write_plateaus(
-    windows: list[_Window], rows: ChunkRows, write_ids: Writer | None, write_rows: Writer | None
+    batch: _Batch, rows: ChunkRows, write_ids: Callable[[Any], None], write_rows: Callable[[Any], None]
 ) -> None:
-    if write_ids is None and write_rows is None:
-        return
+    # Python writes numbers as JSON does; put together here, the lists take half the time of encoding each.
+    token_ids, probabilities, texts = batch.token_ids.tolist(), batch.probabilities.tolist(), batch.texts
     heads = rows.plateaus
-    places = (rows.windows[heads], rows.positions[heads], rows.positions[heads] + rows.run_lengths[heads] + 1)
-    for number, first, end in zip(*(place.tolist() for place in places), strict=True):
-        window = windows[number - windows[0].number]
-        token_ids = window.token_ids[first:end].tolist()
-        if write_ids is not None:
-            write_ids(token_ids)
-        if write_rows is not None:
-            probabilities = window.probabilities[first:end].tolist()
-            texts, n = window.texts[first:end], end - first
-            write_rows(list(zip(texts, probabilities, [number] * n, range(first, end), token_ids, strict=True)))
+    firsts = rows.starts[heads] - 1
+    ends = firsts + rows.run_lengths[heads] + 1
+    places = (rows.windows[heads], rows.positions[heads], firsts, ends)
+    for window, position, first, end in zip(*(place.tolist() for place in places), strict=True):
+        write_ids(JsonText(token_ids[first:end]))
+        lines = [
+            f"[{_quoted(texts[i])}, {probabilities[i]!r}, {window}, {position + i - first}, {token_ids[i]}]"
+            for i in range(first, end)
+        ]
+        write_rows(JsonText(f"[{', '.join(lines)}]"))
+
+
+@lru_cache(maxsize=1 << 17)
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -9,7 +9,6 @@
 Depths ascend; within a depth rows are prefix-sorted, equal ones by window and position.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -241,7 +240,8 @@ def _write_by_depth(
             file.write(f'{before_depth}"{depth}": [')
             n_block = max(BLOCK_IDS // depth, 1)
             for first in range(0, len(rows), n_block):
-                text = json.dumps(table(depth, rows[first : first + n_block]).tolist())
+                # Python writes lists of integers as JSON does, and faster than its JSON encoder.
+                text = str(table(depth, rows[first : first + n_block]).tolist())
                 file.write((", " if first else "") + text[1:-1])
             file.write("]")
             before_depth = ",\n"
