@@ -176,3 +176,20 @@ def test_tokens_are_reported_as_they_come(lm):
     )
     for generation in decode(lm, requests, decoding):
         assert seen[generation.index] == generation.new_token_ids
+
+
+def test_each_token_is_read_once(lm):
+    """A decoder without a KV cache reads the whole text for every token."""
+    n_read = []
+    handle = lm.model.get_input_embeddings().register_forward_hook(
+        lambda _, inputs, __: n_read.append(inputs[0].numel())
+    )
+    try:
+        (generation,) = run(lm, [PROMPTS[2]], 20, Retriever(datastore_near_text(lm, PROMPTS, 20), Acceptance(0.9)))
+    finally:
+        handle.remove()
+    assert generation.chunks
+    assert n_read[0] == len(PROMPTS[2])
+    assert len(n_read) == generation.stats.forward_passes
+    # All but what the last step brought, which no one needs to read.
+    assert 20 - 4 <= sum(n_read[1:]) < 20

@@ -212,6 +212,8 @@ def _require_model_folder(model_path: str) -> None:
     if path.is_file():
         raise InputError(f"{model_path}: is a file; give the folder of a model, or its hub name")
     looks_local = path.is_absolute() or model_path.startswith((".", "~")) or model_path.count("/") > 1
+    # `models/foo` beside a folder `models` is a path that is mistyped rather than an organisation on the hub.
+    looks_local |= "/" in model_path and path.parent.is_dir()
     if looks_local and not path.is_dir():
         raise InputError(f"{model_path}: does not exist; give the folder of a model, or its hub name")
 
