@@ -14,13 +14,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from conftest import TEXTS, save
 from processes import killed_before_rename, on_full_disk
 from synthetic_corpus import Corpus, all_bytes, expected_rows, write_corpus, write_manifest, write_memmap
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from utils import context_vectors
 from utils.files import InputError, read_json, sole_writer_of_part, write_json
 from utils.hidden_states import DATASET
-from utils.token_trie import read_context_vectors, read_trie_rows
+from utils.token_trie import datastore_token_ids, read_context_vectors, read_trie_rows
 
 SCRIPT = "make_token_trie.py"
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,6 +175,49 @@ def test_a_finished_run_is_not_done_again(
     assert all_bytes(tries) == whole
 
 
+def extract(model: Path, data: Path, output_dir: Path, run_stage: Callable[..., None]) -> Path:
+    flags = ("--model_path", model, "--data_dir", data, "--output_dir", output_dir, "--partition", "train")
+    sizes = ("--chunk_size", 48, "--stride", 40, "--min_length", 20, "--device", "cpu", "--batch_size", 4)
+    run_stage("extract_token_probs_and_memmap.py", *flags, *sizes, "--save_hidden_states", "--construct_memmap")
+    return output_dir
+
+
+def test_one_models_chunks_get_another_models_hidden_states_from_text_on(
+    gpt2_folder: Path, tmp_path: Path, run_stage: Callable[..., None]
+) -> None:
+    config = GPT2Config(vocab_size=320, n_positions=64, n_embd=12, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_folder)
+    (tmp_path / "student").mkdir()
+    student = save(tmp_path / "student", GPT2LMHeadModel, config, tokenizer)
+    write_json(tmp_path / "train.json", [{"text": text} for text in TEXTS])
+    teacher_out = extract(gpt2_folder, tmp_path, tmp_path / "teacher_out", run_stage)
+    student_out = extract(student, tmp_path, tmp_path / "student_out", run_stage)
+
+    n_windows = len(list((teacher_out / "train").glob("token_probs_*.json")))
+    windows = [read_json(teacher_out / f"train/token_probs_{i}.json") for i in range(n_windows)]
+    states = [np.load(student_out / f"train/hidden_states_{i}.npy") for i in range(n_windows)]
+    ids = [np.array([row[4] for row in rows]) for rows in windows]
+    probabilities = [np.array([row[1] for row in rows]) for rows in windows]
+    read = Corpus(teacher_out, gpt2_folder, ids, probabilities, np.concatenate(states))
+    gamma = 0.002
+    make_tries(read, tmp_path / "tries", tok_prob_threshold=gamma)
+    source = Corpus(student_out, student, ids, probabilities, read.hidden_states)
+    run_stage(SCRIPT, *source.stage_4_flags(tmp_path / "tries", tok_prob_threshold=gamma))
+
+    expected = expected_rows(read, gamma, skip=48 - 40)
+    assert len(expected) > 300
+    folder = tmp_path / "tries" / FOLDER.replace("0.5", str(gamma))
+    found = []
+    for token in datastore_token_ids(folder):
+        rows = read_trie_rows(folder, token)
+        vectors = read_context_vectors(folder, token, rows)
+        for n, place in enumerate(zip(rows.windows.tolist(), rows.positions.tolist(), strict=True)):
+            chunk = rows.chunk_ids[rows.chunk_offsets[n] : rows.chunk_offsets[n + 1]]
+            found.append((token, tuple(chunk.tolist()), *place))
+            assert np.array_equal(vectors[n], states[place[0]][place[1]])
+    assert found == expected
+
+
 # ---- In parts
 
 
@@ -224,6 +269,7 @@ def test_excluded_tries_are_left_out_and_the_rest_is_complete(
     manifest = read_json(tries / FOLDER / "hidden_states_manifest.json")
     assert manifest["complete"]
     assert manifest["results"] == {"entry_tokens": 3, "excluded": [0, 4]}
+    assert datastore_token_ids(tries / FOLDER) == [1, 2, 3]
     run_stage(SCRIPT, *corpus.stage_4_flags(tries))
     assert all_bytes(tries) == whole
 

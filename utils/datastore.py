@@ -37,7 +37,7 @@ from utils.token_trie import (
     HIDDEN_STATES_MANIFEST,
     MANIFEST,
     TrieRows,
-    entry_token_ids,
+    datastore_token_ids,
     read_context_vectors,
     read_trie_rows,
 )
@@ -171,7 +171,7 @@ def _flatten(trie_folder: Path, reprocess: bool) -> dict[int, int]:
         if not is_current:
             remove_folder(folder)
         manifest = begin_stage(make_folder(folder) / MANIFEST, STAGE, {}, inputs)
-        token_ids = entry_token_ids(trie_folder)
+        token_ids = datastore_token_ids(trie_folder)
         n_rows = {}
         for token_id in tqdm(token_ids, desc="flattening token tries", unit="trie", disable=not token_ids):
             n_rows[str(token_id)] = _flatten_trie(trie_folder, folder, token_id)

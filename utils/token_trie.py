@@ -158,6 +158,15 @@ def entry_tokens_with_vectors(folder: Path) -> list[int]:
     return [token for token in entry_token_ids(folder) if f"{token}.h5" in names and _is_whole(folder / f"{token}.h5")]
 
 
+def datastore_token_ids(folder: Path) -> list[int]:
+    """The entry tokens of a finished datastore, ascending: all but those that stage 4 was told to leave out.
+
+    Raises InputError where stage 4 did not end. One whose `.h5` went lost since is among them.
+    """
+    left_out = read_finished(folder / HIDDEN_STATES_MANIFEST, HIDDEN_STATES_STAGE).results.get("excluded", [])
+    return sorted(set(entry_token_ids(folder)).difference(left_out))
+
+
 def finished_entry_token_ids(folder: Path, manifest: Manifest) -> list[int]:
     """The entry tokens of a trie folder, ascending; raises InputError where a trie of stage 3's manifest is gone."""
     found, expected = entry_token_ids(folder), manifest.results.get("entry_tokens")
