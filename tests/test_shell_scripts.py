@@ -118,7 +118,7 @@ def test_example_runs_the_five_stages_and_shows_them(checkout: Path) -> None:
     assert done.returncode == 0, done.stderr
     ran = [Path(line.split(".py")[0]).name + ".py" for line in commands(checkout)]
     assert ran == list(STAGES)
-    shown = [line for line in done.stdout.splitlines() if line.startswith("+ python ")]
+    shown = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
     assert len(shown) == 5
     assert commands(checkout)[1].endswith(
         "--partition train --save_hidden_states --construct_memmap --discard_intermediates"
