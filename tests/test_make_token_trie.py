@@ -389,7 +389,11 @@ REFUSED: dict[str, tuple[Callable[[Corpus, Path], object], dict[str, object], st
         {},
         "says that save_token_trie_info.py did not end",
     ),
-    "a trie is gone": (lambda c, f: (f / "3.json").unlink(), {}, "holds 4 of its 5 tries"),
+    "a trie is gone": (
+        lambda c, f: (f / "3.json").unlink(),
+        {},
+        "holds 4 tries, its manifest says 5; run save_token_trie_info.py again",
+    ),
     "positions cut off": (lambda c, f: cut_off(f / "tok_pos_3.json"), {}, r"tok_pos_3\.json: is not whole"),
     "position beyond the window": (
         lambda c, f: rewrite_json(f / "tok_pos_3.json", lambda p: p["2"].__setitem__(0, [1, 7])),

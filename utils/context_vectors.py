@@ -28,6 +28,8 @@ BLOCK_BYTES = 1 << 26
 POSITION_BYTES = 8
 # Batches per worker: enough that all end at about the same time.
 BATCHES_PER_WORKER = 4
+# Tries of a batch: a second's work, so that the progress bar moves and Ctrl-C need not be waited for.
+MAX_BATCH_TRIES = 256
 
 
 @dataclass(frozen=True)
@@ -180,13 +182,13 @@ def n_cores() -> int:
 def _batches(
     folder: Path, entry_token_ids: Sequence[int], hidden_states: HiddenStates, n_workers: int
 ) -> list[list[int]]:
-    """The entry tokens in batches of at most a block's rows, as the size of their files tells, the largest first."""
+    """The entry tokens in batches of at most a block's rows, as the sizes of their files tell, the largest first."""
     n_rows = {token: positions_path(folder, token).stat().st_size // POSITION_BYTES for token in entry_token_ids}
     bound = min(hidden_states.block_rows, sum(n_rows.values()) // (n_workers * BATCHES_PER_WORKER))
     batches: list[list[int]] = []
     n_in_last = 0
     for token in sorted(n_rows, key=lambda token: (-n_rows[token], token)):
-        if not batches or n_in_last + n_rows[token] > bound:
+        if not batches or n_in_last + n_rows[token] > bound or len(batches[-1]) == MAX_BATCH_TRIES:
             batches.append([])
             n_in_last = 0
         batches[-1].append(token)

@@ -171,7 +171,8 @@ def finished_entry_token_ids(folder: Path, manifest: Manifest) -> list[int]:
     """The entry tokens of a trie folder, ascending; raises InputError where a trie of stage 3's manifest is gone."""
     found, expected = entry_token_ids(folder), manifest.results.get("entry_tokens")
     if len(found) != expected:
-        raise InputError(f"{folder}: holds {len(found)} of its {expected} tries; run {STAGE} again")
+        remedy = f"run {STAGE} again" if len(found) < (expected or 0) else "delete the folder and make it anew"
+        raise InputError(f"{folder}: holds {len(found)} tries, its manifest says {expected}; {remedy}")
     return found
 
 
