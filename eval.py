@@ -18,6 +18,7 @@ from utils.cli import (
     add_excluded_tries,
     add_model,
     cosine,
+    draft_size,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -62,6 +63,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="threshold accepts iff similarity >= θ; bernoulli with probability (s - η) / (1 - η), η = 2θ - 1",
     )
     parser.add_argument("--q_max", type=probability, default=0.999, help="highest acceptance probability of bernoulli")
+    parser.add_argument(
+        "--decoding",
+        choices=("chunk", "verify"),
+        default="chunk",
+        help="chunk emits retrieved chunks; verify lets the LM confirm them, so that the text is the LM's own",
+    )
+    add_drafts(parser)
     parser.add_argument("--max_new_tokens", type=positive_int, default=50, help="tokens per prompt, at most")
     parser.add_argument("--temperature", type=non_negative_float, default=1.0, help="of the LM's tokens; 0 is greedy")
     parser.add_argument(
@@ -70,17 +78,40 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top_p", type=top_p, default=1.0, help="draw from the likeliest tokens of this total mass")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="same seed, same text, on one machine")
     parser.add_argument("--batch_size", type=positive_int, default=1, help="prompts decoded together")
+    parser.add_argument("--stream", action="store_true", help="print the text as it comes, chunks marked")
     parser.add_argument("--gen_baseline_only", action="store_true", help="generate without a datastore, and only that")
     parser.add_argument("--compare_baseline", action="store_true", help="generate with and without, prompt by prompt")
     args = parser.parse_args(argv)
     if args.gen_baseline_only and args.compare_baseline:
         parser.error("--gen_baseline_only leaves out what --compare_baseline compares with; give one of them")
+    if args.stream and args.batch_size > 1:
+        parser.error("--stream prints one text at a time; leave --batch_size at 1")
     if not args.gen_baseline_only:
         needed = ("token_trie_dir", "dataset_name", "model_ds", "model_gen", "partition", "tok_prob_threshold")
         missing = [name.removesuffix("_name") for name in needed if getattr(args, name) is None]
         if missing:
             parser.error(f"needs --{', --'.join(missing)}; or --gen_baseline_only, which reads no datastore")
     return args
+
+
+def add_drafts(parser: Parser) -> None:
+    drafts = parser.add_argument_group("drafts (with --decoding verify)")
+    drafts.add_argument("--draft_shape", choices=("tree", "line"), default="tree", help="a prefix tree, or one branch")
+    drafts.add_argument("--max_draft_tokens", type=draft_size, default=16, help="tokens of a draft, at most")
+    drafts.add_argument("--draft_neighbors", type=positive_int, default=64, help="rows that vote, the most similar")
+    drafts.add_argument("--draft_temperature", type=positive_float, default=0.05, help="of the votes, in similarity")
+    drafts.add_argument(
+        "--live",
+        choices=("off", "sequence", "session"),
+        default="sequence",
+        help="also draft from the running text (sequence), or from that and the texts before it (session)",
+    )
+    drafts.add_argument(
+        "--draft_growth",
+        choices=("paying", "full"),
+        default="paying",
+        help="paying cuts a draft where, by times measured in this run, a longer pass costs more than it brings",
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -76,6 +76,10 @@ def top_p(text: str) -> float:
     return _number(text, float, "a number in (0, 1]", lambda value: 0 < value <= 1)
 
 
+def draft_size(text: str) -> int:
+    return int(_number(text, int, "a whole number from 1 to 256", lambda value: 1 <= value <= 256))
+
+
 def cosine(text: str) -> float:
     return _number(text, float, "a cosine similarity in [-1, 1]", lambda value: -1 <= value <= 1)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from utils.draft_costs import DraftCosts
 from utils.drafting import Drafter, DraftTree
 from utils.generation import AcceptedChunk, DraftCounts, Generation, GenerationStats
 from utils.kv_cache import Block, Rows, open_rows
@@ -47,6 +48,7 @@ class Decoding:
     retriever: Retriever | None = None
     batch_size: int = 1
     drafter: Drafter | None = None
+    draft_costs: DraftCosts | None = None  # None: drafts are verified whole, whatever that costs
     on_tokens: Callable[[int, list[int], Proposal | None], None] | None = None
 
 
@@ -128,6 +130,7 @@ class _Loop:
 
     def __init__(self, lm: CausalLM, decoding: Decoding, rows: Rows) -> None:
         self.sequences: list[_Sequence] = []
+        self._news: list[tuple[int, list[int], Proposal | None]] = []
         self._lm, self._decoding, self._rows = lm, decoding, rows
 
     @property
@@ -162,7 +165,15 @@ class _Loop:
         elif self.sequences:
             self._verify([self._draft(sequence) for sequence in self.sequences])
             ended += self._take_ended()
+        self._tell_news()
         return [self._generation(sequence) for sequence in ended]
+
+    def _tell_news(self) -> None:
+        """Outside the clock: what a caller does with the tokens is not decoding."""
+        if self._decoding.on_tokens is not None:
+            for index, token_ids, chunk in self._news:
+                self._decoding.on_tokens(index, token_ids, chunk)
+        self._news.clear()
 
     def _propose(self, sequence: _Sequence) -> Proposal | None:
         if self._decoding.retriever is None:
@@ -194,8 +205,7 @@ class _Loop:
             sequence.chunks.append(AcceptedChunk(len(sequence.token_ids), token_ids, chunk.similarity))
         sequence.token_ids += token_ids
         sequence.unread = token_ids
-        if self._decoding.on_tokens is not None:
-            self._decoding.on_tokens(sequence.request.index, token_ids, chunk)
+        self._news.append((sequence.request.index, token_ids, chunk))
 
     def _take_ended(self) -> list[_Sequence]:
         """Remove the sequences that have ended; the last rows of the cache move into their places."""
@@ -235,7 +245,10 @@ class _Loop:
         with _charged(sequence, "retrieval_seconds"):
             # A node past the last token could never be accepted.
             tree = drafter.draft(sequence.request.index, sequence.token_ids, sequence.hidden_state, room)
-        return tree if self._rows.takes_trees else tree.heaviest_line()
+            if not self._rows.takes_trees:
+                tree = tree.heaviest_line()
+            costs = self._decoding.draft_costs
+            return tree if costs is None else costs.paying_part(tree, len(self.sequences))
 
     def _verify(self, trees: list[DraftTree]) -> None:
         """One forward pass over the last token of every sequence and its tree; what is confirmed becomes text."""
@@ -244,13 +257,18 @@ class _Loop:
             for sequence, tree in zip(self.sequences, trees, strict=True)
         ]
         depths = [block.depths() for block in blocks]
+        started = time.perf_counter()
         with _charged_to_all(self.sequences, "lm_seconds"):
             hidden_states, logits = self._rows.forward(blocks, keep_all=True)
             drawn = self._draw_at_nodes(blocks, depths, logits)
+        if self._decoding.draft_costs is not None:
+            longest = max(len(block.token_ids) for block in blocks)
+            self._decoding.draft_costs.saw_pass(len(blocks), longest, time.perf_counter() - started)
         for row, (sequence, block) in enumerate(zip(self.sequences, blocks, strict=True)):
             with _charged(sequence, "rest_seconds"):
-                path = _confirmed_path(block, drawn[row])
-                path = self._accept(sequence, block, depths[row], path)
+                path = self._accept(sequence, block, depths[row], _confirmed_path(block, drawn[row]))
+                if self._decoding.draft_costs is not None and trees[row].token_ids:
+                    self._decoding.draft_costs.saw_draft(trees[row], [node - 1 for node in path[1:]])
                 self._rows.commit(row, path)
                 sequence.hidden_state, sequence.drawn = hidden_states[row][path[-1]], drawn[row][path[-1]]
                 sequence.forward_passes += 1
@@ -301,7 +319,7 @@ class _Loop:
             seconds=sequence.lm_seconds + sequence.retrieval_seconds + sequence.rest_seconds,
             lm_seconds=sequence.lm_seconds,
             retrieval_seconds=sequence.retrieval_seconds,
-            drafts=sequence.drafts,
+            drafts=sequence.drafts if self._decoding.drafter is not None else None,
         )
         request = sequence.request
         new_token_ids = sequence.token_ids[len(request.prompt_ids) :]

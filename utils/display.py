@@ -23,6 +23,9 @@ TOTAL_ROWS = (
     ("chunks accepted", "chunks_accepted", 1, 0),
     ("tokens from chunks (% of new)", "share_from_chunks", 100, 1),
     ("mean chunk length (tokens)", "mean_chunk_length", 1, 2),
+    ("drafts verified", "drafts", 1, 0),
+    ("drafted tokens per draft", "draft_length", 1, 2),
+    ("accepted tokens per draft", "accepted_per_draft", 1, 2),
     ("perplexity under the base LM", "perplexity", 1, 2),
 )
 SPREAD_ROWS = (
@@ -127,9 +130,46 @@ def mark_chunks(
         at = 2 * number + 1
         rank = (similarity - lowest) / (highest - lowest) if highest > lowest else 1.0
         shade = SHADES[round(rank * (len(SHADES) - 1))]
-        left, right = BRACKETS
-        pieces[at] = _coloured(pieces[at], f"\x1b[38;5;16;48;5;{shade}m") if colour else f"{left}{pieces[at]}{right}"
+        pieces[at] = _marked(pieces[at], shade, colour)
     return "".join(pieces)
+
+
+class TokenStream:
+    """Prints a text while it is generated, one prompt after the other, its chunks marked."""
+
+    def __init__(self, stream: TextIO, decode: Decode, colour: bool) -> None:
+        self._stream, self._decode, self._colour = stream, decode, colour
+        self._name, self._prompts = "", dict[int, list[int]]()
+        self._index, self._token_ids, self._n_shown = -1, list[int](), 0
+
+    def begin(self, name: str, prompts: Mapping[int, list[int]]) -> None:
+        """The texts that come next: the run's name and the prompts' token ids by their index."""
+        self._name, self._prompts, self._index = name, dict(prompts), -1
+
+    def write(self, index: int, token_ids: list[int], chunk: object | None) -> None:
+        """The next tokens of a prompt's text; `chunk` is not None where they are a retrieved one."""
+        if index != self._index:
+            self._index, self._token_ids = index, list(self._prompts[index])
+            prompt = self._decode(self._token_ids)
+            self._n_shown = len(prompt)
+            shown = _visible(prompt)
+            self._stream.write(
+                f"\n--- prompt {index}, {self._name}\n{_coloured(shown, DIM) if self._colour else shown}"
+            )
+        self._token_ids += token_ids
+        text = self._decode(self._token_ids)
+        # A character whose last bytes are still to come decodes to replacement characters until then.
+        end = len(text.rstrip("\ufffd")) if len(text) - len(text.rstrip("\ufffd")) <= 3 else len(text)
+        piece, self._n_shown = _visible(text[self._n_shown : end]), max(end, self._n_shown)
+        if chunk is not None:
+            piece = _marked(piece, SHADES[-1], self._colour)
+        self._stream.write(piece)
+        self._stream.flush()
+
+
+def _marked(piece: str, shade: int, colour: bool) -> str:
+    left, right = BRACKETS
+    return _coloured(piece, f"\x1b[38;5;16;48;5;{shade}m") if colour else f"{left}{piece}{right}"
 
 
 def _coloured(text: str, code: str) -> str:

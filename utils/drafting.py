@@ -35,8 +35,16 @@ class DraftTree:
         line: list[int] = []
         while children := [i for i, parent in enumerate(self.parents) if parent == (line[-1] if line else -1)]:
             line.append(max(children, key=lambda i: self.shares[i]))
-        tokens, shares = [self.token_ids[i] for i in line], [self.shares[i] for i in line]
-        return DraftTree(tokens, list(range(-1, len(line) - 1)), shares)
+        return self.part(line)
+
+    def part(self, nodes: list[int]) -> "DraftTree":
+        """Some of the nodes, ascending, each with its parent."""
+        index = {node: i for i, node in enumerate(nodes)} | {-1: -1}
+        return DraftTree(
+            [self.token_ids[node] for node in nodes],
+            [index[self.parents[node]] for node in nodes],
+            [self.shares[node] for node in nodes],
+        )
 
 
 NOTHING = DraftTree([], [], [])

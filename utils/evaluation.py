@@ -1,7 +1,9 @@
 """What stage 5 does: check that model, prompts and datastore belong together, generate what is not there yet, report."""
 
 import argparse
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from utils.acceptance import Acceptance
 from utils.datastore import Datastore, open_datastore
 from utils.decoding import Decoding, Request, decode
-from utils.display import format_example, format_table
+from utils.display import TokenStream, format_example, format_table, use_colour
+from utils.draft_costs import DraftCosts
+from utils.drafting import DraftSettings, RetrievalDrafter
 from utils.files import InputError, file_fingerprint, read_finished
 from utils.generation import Generation
 from utils.models import CausalLM, load_config, load_lm, load_tokenizer, model_fingerprint, tokenizer_fingerprint
@@ -52,7 +56,7 @@ class Evaluation:
         self._model_fingerprint = model_fingerprint(args.model_path, args.cache_dir)
         if trie_folder is not None:
             _require_same_model(trie_folder, self._model_fingerprint, self._tokenizer, args.model_path)
-        self._chunk_run = run_name("chunk", args.similarity_threshold)
+        self._retrieval_run = run_name(args.decoding, args.similarity_threshold)
         self._retriever: Retriever | None = None
 
     def run(self) -> None:
@@ -63,12 +67,17 @@ class Evaluation:
         lm = load_lm(self._args.model_path, self._args.device, self._args.dtype, self._args.cache_dir)
         decodings = {name: self._decoding(name, lm) for name in self._settings()}
         self._warm_up(lm, decodings)
-        with tqdm(total=sum(map(len, pending)), desc="generating", unit="run") as bar:
+        if self._args.stream:
+            stream = TokenStream(sys.stdout, self._decode, use_colour(sys.stdout))
+            decodings = {name: replace(each, on_tokens=stream.write) for name, each in decodings.items()}
+        with tqdm(total=sum(map(len, pending)), desc="generating", unit="run", disable=self._args.stream) as bar:
             for n_turn, indices in enumerate(self._batches(pending)):
                 names = list(decodings)
                 # Each goes first half of the time, so that neither always finds the caches warm.
                 for name in names if n_turn % 2 == 0 else reversed(names):
                     requests = [self._request(index) for index in indices if name in pending[index]]
+                    if self._args.stream:
+                        stream.begin(name, {request.index: request.prompt_ids for request in requests})
                     for generation in decode(lm, requests, decodings[name]):
                         self._save(lm, name, generation)
                         bar.update()
@@ -77,10 +86,10 @@ class Evaluation:
         """The table of all runs, one generation with its chunks marked, and where the files are, for this stream."""
         save_dir = self._args.save_dir
         parts = [format_table(write_summary(save_dir))]
-        if self._chunk_run in self._settings():
-            index = typical_prompt(save_dir, self._chunk_run)
-            generation = read_run(save_dir, index, self._chunk_run)
-            parts.append(format_example(generation, self._chunk_run, self._decode, colour))
+        if self._retrieval_run in self._settings():
+            index = typical_prompt(save_dir, self._retrieval_run)
+            generation = read_run(save_dir, index, self._retrieval_run)
+            parts.append(format_example(generation, self._retrieval_run, self._decode, colour))
         if self._retriever is not None and self._retriever.similarities:
             parts.append(_describe(np.array(self._retriever.similarities), self._retriever.acceptance))
         parts.append(f"Every generation: {prompt_path(save_dir, 0)} and on; totals: {save_dir / 'summary.json'}")
@@ -97,23 +106,42 @@ class Evaluation:
         if args.gen_baseline_only:
             return {BASELINE: baseline}
         assert self._trie_folder is not None
-        chunk = baseline | {
+        with_datastore = baseline | {
             "datastore": file_fingerprint(self._trie_folder / HIDDEN_STATES_MANIFEST),
             "excluded": sorted(self._excluded),
             "max_rows": args.huge_trie_rows if args.exclude_huge_token_tries else None,
-            "acceptance": args.acceptance,
-            "q_max": args.q_max if args.acceptance == "bernoulli" else None,
         }
-        return ({BASELINE: baseline} if args.compare_baseline else {}) | {self._chunk_run: chunk}
+        if args.decoding == "verify":
+            drafts = ("draft_shape", "max_draft_tokens", "draft_neighbors", "draft_temperature", "live", "draft_growth")
+            with_datastore |= {name: getattr(args, name) for name in drafts}
+        else:
+            q_max = args.q_max if args.acceptance == "bernoulli" else None
+            with_datastore |= {"acceptance": args.acceptance, "q_max": q_max}
+        return ({BASELINE: baseline} if args.compare_baseline else {}) | {self._retrieval_run: with_datastore}
 
     def _decoding(self, name: str, lm: CausalLM) -> Decoding:
         args = self._args
-        sampler = Sampler.from_settings(args.temperature, args.top_k, args.top_p)
-        if name != BASELINE:
-            acceptance = Acceptance(args.similarity_threshold, args.acceptance, args.q_max)
-            self._retriever = Retriever(self._open_datastore(lm), acceptance)
-        retriever = None if name == BASELINE else self._retriever
-        return Decoding(sampler, eos_token_ids(lm, self._tokenizer), retriever, args.batch_size)
+        decoding = Decoding(
+            sampler=Sampler.from_settings(args.temperature, args.top_k, args.top_p),
+            eos_token_ids=eos_token_ids(lm, self._tokenizer),
+            batch_size=args.batch_size,
+        )
+        if name == BASELINE:
+            return decoding
+        datastore = self._open_datastore(lm)
+        if args.decoding == "verify":
+            settings = DraftSettings(
+                shape=args.draft_shape,
+                max_tokens=args.max_draft_tokens,
+                neighbors=args.draft_neighbors,
+                temperature=args.draft_temperature,
+                live=args.live,
+            )
+            costs = DraftCosts() if args.draft_growth == "paying" else None
+            return replace(decoding, drafter=RetrievalDrafter(datastore, settings), draft_costs=costs)
+        acceptance = Acceptance(args.similarity_threshold, args.acceptance, args.q_max)
+        self._retriever = Retriever(datastore, acceptance)
+        return replace(decoding, retriever=self._retriever)
 
     def _open_datastore(self, lm: CausalLM) -> Datastore:
         args = self._args

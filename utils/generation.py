@@ -47,13 +47,16 @@ class DraftCounts:
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """What one generation cost. forward_passes counts the prompt's; seconds hold lm_seconds and retrieval_seconds."""
+    """What one generation cost. forward_passes counts the prompt's; seconds hold lm_seconds and retrieval_seconds.
+
+    drafts: those of verified generation; None where nothing was drafted by design.
+    """
 
     forward_passes: int
     seconds: float
     lm_seconds: float
     retrieval_seconds: float
-    drafts: DraftCounts = field(default_factory=DraftCounts)
+    drafts: DraftCounts | None = None
 
 
 @dataclass(frozen=True)

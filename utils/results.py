@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ BASELINE = "baseline_generation"
 SUMMARY = "summary.json"
 SECTIONS = ("generation", "time", "metrics", "settings", "session")
 COUNTS = ("prompt_tokens", "new_tokens", "forward_passes", "chunks_accepted", "tokens_from_chunks")
+DRAFT_COUNTS = ("drafts", "draft_tokens", "accepted_tokens")
 SECONDS = ("seconds", "lm_seconds", "retrieval_seconds")
 
 # This process, by its start and number.
@@ -183,7 +185,7 @@ def save_run(
 def _metrics(generation: Generation, nll: float | None) -> dict[str, Any]:
     stats, n_new = generation.stats, len(generation.new_token_ids)
     tokens_from_chunks = sum(len(chunk.token_ids) for chunk in generation.chunks)
-    metrics = {
+    metrics: dict[str, Any] = {
         "prompt_tokens": len(generation.prompt_ids),
         "new_tokens": n_new,
         "forward_passes": stats.forward_passes,
@@ -196,6 +198,14 @@ def _metrics(generation: Generation, nll: float | None) -> dict[str, Any]:
         "mean_chunk_length": _ratio(tokens_from_chunks, len(generation.chunks)),
         "tokens_per_forward": _ratio(n_new, stats.forward_passes),
     }
+    if stats.drafts is not None:
+        metrics |= {
+            "drafts": stats.drafts.n_drafts,
+            "draft_tokens": stats.drafts.draft_tokens,
+            "accepted_tokens": stats.drafts.accepted_tokens,
+            "drafted_by_position": stats.drafts.drafted,
+            "accepted_by_position": stats.drafts.accepted,
+        }
     return metrics if nll is None else metrics | {"nll": nll, "perplexity": _perplexity(nll, n_new)}
 
 
@@ -357,8 +367,26 @@ def _summarize_run(name: str, stored: Sequence[Results]) -> dict[str, Any]:
     if scored := [prompt for prompt in metrics if "nll" in prompt]:
         nll, n_tokens = sum(prompt["nll"] for prompt in scored), sum(prompt["new_tokens"] for prompt in scored)
         run |= {"nll": nll, "perplexity": _perplexity(nll, n_tokens), "perplexity_prompts": len(scored)}
+    run |= _sum_drafts([prompt for prompt in metrics if "drafts" in prompt])
     spread = {key: _spread([figure(prompt) for prompt in metrics]) for key, figure in SPREAD.items()}
     return run | {"spread": spread, "settings": stored[0]["settings"]}
+
+
+def _sum_drafts(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Drafts of verified generation, and the share accepted of those that reached 1, 2, … tokens ahead."""
+    if not metrics:
+        return {}
+    total = {key: sum(prompt[key] for prompt in metrics) for key in DRAFT_COUNTS}
+    drafted, accepted = (
+        [sum(counts) for counts in zip_longest(*(prompt[f"{kind}_by_position"] for prompt in metrics), fillvalue=0)]
+        for kind in ("drafted", "accepted")
+    )
+    by_position = [_ratio(part, whole) for part, whole in zip(accepted, drafted, strict=True)]
+    return total | {
+        "draft_length": _ratio(total["draft_tokens"], total["drafts"]),
+        "accepted_per_draft": _ratio(total["accepted_tokens"], total["drafts"]),
+        "acceptance_by_position": by_position,
+    }
 
 
 def _compare_times(name: str, stored: Sequence[Results]) -> dict[str, Any]:
