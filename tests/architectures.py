@@ -23,6 +23,7 @@ CONFIGS = {
     ),
     "five tokens": (hf.LlamaConfig, {**GROUPED, "vocab_size": 5, "initializer_range": 0.5}),
     "llama": (hf.LlamaConfig, GROUPED),
+    "llama of another size": (hf.LlamaConfig, {**GROUPED, "hidden_size": 48}),
     "mistral": (hf.MistralConfig, WINDOWED),
     "qwen2": (hf.Qwen2Config, {**WINDOWED, "use_sliding_window": True, "max_window_layers": 1}),
     "gemma2": (hf.Gemma2Config, {**WINDOWED, "head_dim": 8, "final_logit_softcapping": 2.0}),

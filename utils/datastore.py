@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.chunks import sort_chunks
 from utils.files import (
     InputError,
     Manifest,
@@ -193,15 +194,12 @@ def _flatten_trie(trie_folder: Path, folder: Path, token_id: int) -> int:
         return len(_read_arrays(path)["windows"])
     rows = read_trie_rows(trie_folder, token_id)
     order = prefix_order(rows)
-    lengths = np.diff(rows.chunk_offsets)[order]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    # Position i of the sorted flat array comes from its row's start plus its place in the row.
-    source = np.repeat(rows.chunk_offsets[:-1][order] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    chunk_ids, chunk_offsets = _take(rows, order)
     vectors = unit_rows(read_context_vectors(trie_folder, token_id, rows)[order])
     arrays = {
         "context_vectors": vectors,
-        "chunk_ids": rows.chunk_ids[source].astype(np.int32),
-        "chunk_offsets": offsets.astype(np.int64),
+        "chunk_ids": chunk_ids.astype(np.int32),
+        "chunk_offsets": chunk_offsets.astype(np.int64),
         "windows": rows.windows[order].astype(np.int64),
         "positions": rows.positions[order].astype(np.int32),
     }
@@ -212,15 +210,18 @@ def _flatten_trie(trie_folder: Path, folder: Path, token_id: int) -> int:
 
 def prefix_order(rows: TrieRows) -> np.ndarray:
     """(N,) int64: the rows by chunk ids, a chunk before those it is a prefix of, then by window and position."""
-    lengths = np.diff(rows.chunk_offsets)
-    n_columns = int(lengths.max(initial=1))
-    table = np.zeros((len(lengths), n_columns), dtype=">u4")
-    is_token = np.arange(n_columns) < lengths[:, None]
-    # Big-endian, one up from 0: bytes compare as the ids do, and a row that ends comes first.
-    table[is_token] = rows.chunk_ids + 1
-    keys = table.view(f"S{4 * n_columns}")[:, 0]
     by_place = np.lexsort((rows.positions, rows.windows))
-    return by_place[np.argsort(keys[by_place], kind="stable")]
+    ids, offsets = _take(rows, by_place)
+    return by_place[sort_chunks(ids, offsets)]
+
+
+def _take(rows: TrieRows, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The chunks of the rows in another order: all token ids, and where each chunk begins and the last ends."""
+    lengths = np.diff(rows.chunk_offsets)[order]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    # A token of the new flat array comes from its row's old start plus its place in the row.
+    source = np.repeat(rows.chunk_offsets[:-1][order] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return rows.chunk_ids[source], offsets
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:

@@ -40,7 +40,8 @@ class Request:
 class Decoding:
     """How to generate: chunks from a retriever, verified drafts from a drafter, or with neither plain text.
 
-    on_tokens(index, token ids, chunk or None) sees what each step brings.
+    on_tokens(index, token ids, chunk or None) sees what each step brings. stops(token ids) is asked after every new
+    token, the prompt's tokens first, whether the text ends with it.
     """
 
     sampler: Sampler
@@ -50,6 +51,7 @@ class Decoding:
     drafter: Drafter | None = None
     draft_costs: DraftCosts | None = None  # None: drafts are verified whole, whatever that costs
     on_tokens: Callable[[int, list[int], Proposal | None], None] | None = None
+    stops: Callable[[list[int]], bool] | None = None
 
 
 @dataclass
@@ -67,6 +69,7 @@ class _Sequence:
     chunks: list[AcceptedChunk] = field(default_factory=list)
     drafts: DraftCounts = field(default_factory=DraftCounts)
     unread: list[int] = field(default_factory=list)  # the last tokens, which the LM has not read yet
+    has_ended: bool = False
     drawn: int | None = None  # the next token, where verification has drawn it already
     token_uniforms: list[float] = field(init=False)
     acceptance_uniforms: list[float] = field(init=False)
@@ -195,24 +198,33 @@ class _Loop:
             sequence.drawn = token_id
 
     def _append(self, sequence: _Sequence, token_ids: list[int], chunk: Proposal | None) -> None:
-        """Add tokens to the text, cut at the first end-of-text token and at the number of new tokens asked for."""
-        token_ids = token_ids[: sequence.request.max_new_tokens - sequence.n_new]
-        for i, token_id in enumerate(token_ids):
-            if token_id in self._decoding.eos_token_ids:
-                token_ids = token_ids[: i + 1]
+        """Add tokens to the text up to the first that ends it, and note whether one did."""
+        at = len(sequence.token_ids)
+        for token_id in token_ids:
+            sequence.token_ids.append(token_id)
+            if self._ends(sequence):
+                sequence.has_ended = True
                 break
+        sequence.unread = sequence.token_ids[at:]
         if chunk is not None:
-            sequence.chunks.append(AcceptedChunk(len(sequence.token_ids), token_ids, chunk.similarity))
-        sequence.token_ids += token_ids
-        sequence.unread = token_ids
-        self._news.append((sequence.request.index, token_ids, chunk))
+            sequence.chunks.append(AcceptedChunk(at, sequence.unread, chunk.similarity))
+        self._news.append((sequence.request.index, sequence.unread, chunk))
+
+    def _ends(self, sequence: _Sequence) -> bool:
+        """Whether the last token is the last: the end of text, the last one asked for, or where the caller stops."""
+        decoding = self._decoding
+        return (
+            sequence.n_new == sequence.request.max_new_tokens
+            or sequence.token_ids[-1] in decoding.eos_token_ids
+            or (decoding.stops is not None and decoding.stops(sequence.token_ids))
+        )
 
     def _take_ended(self) -> list[_Sequence]:
         """Remove the sequences that have ended; the last rows of the cache move into their places."""
         ended = []
         for row in reversed(range(len(self.sequences))):
             sequence = self.sequences[row]
-            if not self._has_ended(sequence):
+            if not sequence.has_ended:
                 continue
             ended.append(sequence)
             last = self.sequences.pop()
@@ -220,11 +232,6 @@ class _Loop:
                 self._rows.move(len(self.sequences), row)
                 self.sequences[row] = last
         return ended[::-1]
-
-    def _has_ended(self, sequence: _Sequence) -> bool:
-        return (
-            sequence.n_new == sequence.request.max_new_tokens or sequence.token_ids[-1] in self._decoding.eos_token_ids
-        )
 
     def _read(self) -> None:
         """One forward pass over the unread tokens of every sequence."""

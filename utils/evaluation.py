@@ -19,7 +19,15 @@ from utils.draft_costs import DraftCosts
 from utils.drafting import DraftSettings, RetrievalDrafter
 from utils.files import InputError, file_fingerprint, read_finished
 from utils.generation import Generation
-from utils.models import CausalLM, load_config, load_lm, load_tokenizer, model_fingerprint, tokenizer_fingerprint
+from utils.models import (
+    CausalLM,
+    load_config,
+    load_lm,
+    load_tokenizer,
+    model_fingerprint,
+    pick_device,
+    tokenizer_fingerprint,
+)
 from utils.perplexity import negative_log_likelihood
 from utils.prompts import Prompt, encode_prompts, require_room
 from utils.results import (
@@ -101,8 +109,9 @@ class Evaluation:
     def _settings(self) -> dict[str, dict[str, Any]]:
         """By the name of each run: all that decides its tokens. The baseline's are among the others'."""
         args = self._args
-        shared = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "dtype", "device")
-        baseline = {"model": self._model_fingerprint} | {name: getattr(args, name) for name in shared}
+        shared = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "dtype")
+        baseline = {"model": self._model_fingerprint, "device": pick_device(args.device).type}
+        baseline |= {name: getattr(args, name) for name in shared}
         if args.gen_baseline_only:
             return {BASELINE: baseline}
         assert self._trie_folder is not None
