@@ -78,6 +78,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top_p", type=top_p, default=1.0, help="draw from the likeliest tokens of this total mass")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="same seed, same text, on one machine")
     parser.add_argument("--batch_size", type=positive_int, default=1, help="prompts decoded together")
+    parser.add_argument(
+        "--cuda_graphs",
+        action="store_true",
+        help="pad passes to a few lengths and replay each as a CUDA graph; on a CPU it only pads",
+    )
     parser.add_argument("--stream", action="store_true", help="print the text as it comes, chunks marked")
     parser.add_argument("--gen_baseline_only", action="store_true", help="generate without a datastore, and only that")
     parser.add_argument("--compare_baseline", action="store_true", help="generate with and without, prompt by prompt")

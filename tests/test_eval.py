@@ -96,6 +96,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(made, run_st
 def test_batches_and_tries_on_the_device_and_a_tiny_cache_change_no_text(made, run_stage, tmp_path):
     texts = []
     variants = ((), ("--batch_size", 3), ("--move_trie_to_gpu",), ("--trie_cache_gb", 1e-9), ("--no_reprocessing",))
+    variants += (("--cuda_graphs",),)
     for i, flags in enumerate(variants):
         run_stage("eval.py", *made.eval_flags(tmp_path / str(i), *flags, *SHORT))
         texts.append([results(tmp_path / str(i), k)["generation"]["generation_t0.5_tokens"] for k in range(4)])
@@ -279,3 +280,33 @@ def test_labels_are_as_in_the_datastore(made, refusal, tmp_path):
     flags = made.eval_flags(tmp_path, *SHORT)
     assert "token_trie_texts_DSother" in refusal("eval.py", *replaced(flags, "--model_ds", "other"))
     assert LABELS[1] == "ds"
+
+
+def test_verified_text_is_the_baselines_and_its_drafts_are_counted(made, run_stage, tmp_path, capsys):
+    verify = ("--decoding", "verify", "--compare_baseline", "--draft_growth", "full", "--live", "session")
+    for name, flags in (("greedy", ("--temperature", 0)), ("sampled", ("--seed", 7)), ("graphs", ("--cuda_graphs",))):
+        run_stage(
+            "eval.py", *made.eval_flags(tmp_path / name, *verify, "--max_new_tokens", 20, "--batch_size", 2, *flags)
+        )
+        for i in range(4):
+            generation = results(tmp_path / name, i)["generation"]
+            assert generation["verify_generation_t0.5_tokens"] == generation["baseline_generation_tokens"]
+        run = json.loads((tmp_path / name / "summary.json").read_text())["runs"]["verify_generation_t0.5"]
+        assert run["drafts"] > 0
+        assert len(run["acceptance_by_position"]) > 0
+        # A text that ends with an accepted token has one pass less than one that ends with a drawn one.
+        assert 0 <= run["accepted_tokens"] - (run["new_tokens"] - run["forward_passes"]) <= 4
+    shown = capsys.readouterr().out
+    assert "accepted tokens per draft" in shown
+    assert "Drafted tokens accepted, by how far ahead" in shown
+
+
+def test_a_stream_shows_each_text_as_it_comes_with_its_chunks_marked(made, run_stage, tmp_path, capsys):
+    run_stage("eval.py", *made.eval_flags(tmp_path, "--stream", "--similarity_threshold", 0.2, *SHORT))
+    shown = capsys.readouterr().out
+    for i in range(4):
+        generation = results(tmp_path, i)["generation"]
+        assert f"--- prompt {i}, generation_t0.2" in shown
+        for phrase in generation["generation_t0.2_retrieved_phrases"]:
+            if phrase["text"].isascii() and phrase["text"].isprintable():
+                assert f"⟦{phrase['text']}⟧" in shown

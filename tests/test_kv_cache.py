@@ -5,7 +5,7 @@ import torch
 from architectures import tiny_lm
 
 from utils.files import InputError
-from utils.kv_cache import Block, OneRow, Rows, SlotRows, open_rows
+from utils.kv_cache import Block, GraphedRows, OneRow, Rows, SlotRows, open_rows
 from utils.models import CausalLM
 
 SLOTTED = ["gpt2", "llama", "mistral", "qwen2", "gemma2", "gemma3", "opt", "cohere", "granite", "neox"]
@@ -32,11 +32,12 @@ def prefills(rows: Rows, row: int, text: list[int], lm: CausalLM) -> bool:
     return close(hidden_states[0][-1], logits[0], uncached(lm, text))
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("name", SLOTTED)
-def test_uneven_rows_give_what_each_text_gives_alone(name):
+def test_uneven_rows_give_what_each_text_gives_alone(name, graphs):
     lm = tiny_lm(name)
-    rows = open_rows(lm, 3, 40)
-    assert isinstance(rows, SlotRows)
+    rows = open_rows(lm, 3, 40, graphs)
+    assert isinstance(rows, GraphedRows if graphs else SlotRows)
     texts = [[5, 6, 7, 8, 9, 10, 11], [50], [20, 21, 22]]
     for row, text in enumerate(texts):
         assert prefills(rows, row, text, lm)
@@ -53,10 +54,11 @@ def test_uneven_rows_give_what_each_text_gives_alone(name):
             assert close(hidden_states[row][-1], logits[row][-1], uncached(lm, texts[row]))
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("name", SLOTTED)
-def test_each_tree_node_sees_the_text_and_its_ancestors_alone(name):
+def test_each_tree_node_sees_the_text_and_its_ancestors_alone(name, graphs):
     lm = tiny_lm(name)
-    rows = open_rows(lm, 2, 40)
+    rows = open_rows(lm, 2, 40, graphs)
     texts = [[5, 6, 7, 8, 9], [20, 21]]
     for row, text in enumerate(texts):
         rows.prefill(row, [text])

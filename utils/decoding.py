@@ -50,6 +50,7 @@ class Decoding:
     batch_size: int = 1
     drafter: Drafter | None = None
     draft_costs: DraftCosts | None = None  # None: drafts are verified whole, whatever that costs
+    rows: Rows | None = None  # a cache with room for the sequences, to use again; None: one is made for each call
     on_tokens: Callable[[int, list[int], Proposal | None], None] | None = None
     stops: Callable[[list[int]], bool] | None = None
 
@@ -99,10 +100,9 @@ def decode(lm: CausalLM, requests: Iterable[Request], decoding: Decoding) -> Ite
         _require_room(lm, request)
     if not waiting:
         return
-    longest = max(len(request.prompt_ids) + request.max_new_tokens for request in waiting)
     with torch.inference_mode():
-        n_slots = longest + (MAX_DRAFT_TOKENS if decoding.drafter is not None else 0)
-        loop = _Loop(lm, decoding, open_rows(lm, min(decoding.batch_size, len(waiting)), n_slots))
+        rows = decoding.rows or open_rows(lm, min(decoding.batch_size, len(waiting)), n_slots_for(waiting, decoding))
+        loop = _Loop(lm, decoding, rows)
     while waiting or loop.sequences:
         # The caller's code between two yields must not find itself in inference mode.
         with torch.inference_mode():
@@ -110,6 +110,12 @@ def decode(lm: CausalLM, requests: Iterable[Request], decoding: Decoding) -> Ite
                 loop.start(_of_one_length(waiting, loop.room))
             ended = loop.step()
         yield from ended
+
+
+def n_slots_for(requests: list[Request], decoding: Decoding) -> int:
+    """The slots that the longest of these sequences may take, drafts included."""
+    longest = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
+    return longest + (MAX_DRAFT_TOKENS if decoding.drafter is not None else 0)
 
 
 def _of_one_length(waiting: list[Request], room: int) -> list[Request]:

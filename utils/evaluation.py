@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from utils.acceptance import Acceptance
 from utils.datastore import Datastore, open_datastore
-from utils.decoding import Decoding, Request, decode
+from utils.decoding import Decoding, Request, decode, n_slots_for
 from utils.display import TokenStream, format_example, format_table, use_colour
 from utils.draft_costs import DraftCosts
 from utils.drafting import DraftSettings, RetrievalDrafter
 from utils.files import InputError, file_fingerprint, read_finished
 from utils.generation import Generation
+from utils.kv_cache import open_rows
 from utils.models import (
     CausalLM,
     load_config,
@@ -74,6 +76,8 @@ class Evaluation:
             return
         lm = load_lm(self._args.model_path, self._args.device, self._args.dtype, self._args.cache_dir)
         decodings = {name: self._decoding(name, lm) for name in self._settings()}
+        if self._args.cuda_graphs:
+            decodings = self._with_graphs(lm, decodings)
         self._warm_up(lm, decodings)
         if self._args.stream:
             stream = TokenStream(sys.stdout, self._decode, use_colour(sys.stdout))
@@ -93,8 +97,13 @@ class Evaluation:
     def report(self, colour: bool) -> str:
         """The table of all runs, one generation with its chunks marked, and where the files are, for this stream."""
         save_dir = self._args.save_dir
-        parts = [format_table(write_summary(save_dir))]
-        if self._retrieval_run in self._settings():
+        summary = write_summary(save_dir)
+        parts = [format_table(summary)]
+        if self._retrieval_run in self._settings() and self._args.decoding == "verify":
+            shares = summary["runs"][self._retrieval_run].get("acceptance_by_position", [])
+            shown = ", ".join(f"{ahead} {share:.0%}" for ahead, share in enumerate(shares, start=1))
+            parts.append(f"Drafted tokens accepted, by how far ahead: {shown or 'nothing was drafted'}")
+        elif self._retrieval_run in self._settings():
             index = typical_prompt(save_dir, self._retrieval_run)
             generation = read_run(save_dir, index, self._retrieval_run)
             parts.append(format_example(generation, self._retrieval_run, self._decode, colour))
@@ -109,7 +118,7 @@ class Evaluation:
     def _settings(self) -> dict[str, dict[str, Any]]:
         """By the name of each run: all that decides its tokens. The baseline's are among the others'."""
         args = self._args
-        shared = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "dtype")
+        shared = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "dtype", "cuda_graphs")
         baseline = {"model": self._model_fingerprint, "device": pick_device(args.device).type}
         baseline |= {name: getattr(args, name) for name in shared}
         if args.gen_baseline_only:
@@ -169,6 +178,14 @@ class Evaluation:
         if args.move_trie_to_gpu:
             datastore.load_all()
         return datastore
+
+    def _with_graphs(self, lm: CausalLM, decodings: dict[str, Decoding]) -> dict[str, Decoding]:
+        """One cache for all runs, so that each pass is captured once."""
+        requests = [self._request(index) for index in range(len(self._encoded))]
+        n_slots = max(n_slots_for(requests, decoding) for decoding in decodings.values())
+        with torch.inference_mode():
+            rows = open_rows(lm, self._args.batch_size, n_slots, graphs=True)
+        return {name: replace(decoding, rows=rows) for name, decoding in decodings.items()}
 
     def _warm_up(self, lm: CausalLM, decodings: dict[str, Decoding]) -> None:
         """First calls pay for what later ones do not; none of it is kept."""

@@ -26,6 +26,9 @@ from utils.models import CausalLM
 # How far the two caches' logits may lie apart for kernel rounding, as a share of the logits' spread.
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
+# Lengths that passes of fixed shape are padded to.
+FIXED_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+N_WARM_UP_PASSES = 3
 LOGGER = logging.getLogger(__name__)
 _FITS: WeakKeyDictionary[CausalLM, bool] = WeakKeyDictionary()  # what the probe found, once for each model
 
@@ -103,17 +106,19 @@ class Rows(Protocol):
         ...
 
 
-def open_rows(lm: CausalLM, n_rows: int, n_slots: int) -> Rows:
+def open_rows(lm: CausalLM, n_rows: int, n_slots: int, graphs: bool = False) -> Rows:
     """Rows for sequences of at most n_slots tokens, drafts included: slots where they fit the model, else one row.
 
-    Raises InputError where neither cache gives what the model gives without one.
+    graphs: passes of a few fixed lengths, each captured as a CUDA graph and replayed. Raises InputError where neither cache gives what the model gives without one.
     """
     if lm not in _FITS:
         _FITS[lm] = _slots_fit(lm)
         if not _FITS[lm]:
             _require_cache(lm, OneRow(lm))
             LOGGER.warning("%s: its attention takes one sequence at a time and no draft trees", lm.name)
-    return SlotRows(lm, n_rows, n_slots) if _FITS[lm] else OneRow(lm)
+    if not _FITS[lm]:
+        return OneRow(lm)
+    return GraphedRows(lm, n_rows, n_slots) if graphs else SlotRows(lm, n_rows, n_slots)
 
 
 # ---- Slots
@@ -151,28 +156,32 @@ class SlotRows:
 
     def forward(self, blocks: list[Block], keep_all: bool) -> tuple[list[Tensor], list[Tensor]]:
         n_tokens = [len(block.token_ids) for block in blocks]
-        longest, lengths = max(n_tokens), self.lengths[: len(blocks)]
-        is_even = min(n_tokens) == longest and min(lengths) == max(lengths)
-        is_line = all(block.is_line for block in blocks)
-        padded = [[0] * (longest - len(block.token_ids)) + block.token_ids for block in blocks]
-        kwargs: dict[str, Any] = {}
-        if is_even and is_line:
-            self._placement.place_line(slice(0, len(blocks)), lengths[0], longest)
-        else:
-            self._placement.place(lengths, n_tokens)
-        if not (is_even and longest == 1 and self._in_window(lengths[0])):
-            positions, masks = self._positions_and_masks(blocks, n_tokens, longest)
-            kwargs = {"position_ids": positions, "attention_mask": masks}
-        hidden_states, logits = self._lm.forward(
-            torch.tensor(padded, device=self._lm.device),
-            logits_to_keep=0 if keep_all else 1,
-            past_key_values=self._cache,
-            use_cache=True,
-            **kwargs,
-        )
+        hidden_states, logits = self._pass(blocks, n_tokens, keep_all)
         kept = n_tokens if keep_all else [1] * len(blocks)
         pairs = [(hidden_states[row, -n:], logits[row, -n:]) for row, n in enumerate(kept)]
         return [hidden for hidden, _ in pairs], [logit for _, logit in pairs]
+
+    def _pass(self, blocks: list[Block], n_tokens: list[int], keep_all: bool) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, K, D) and logits (B, K, V), each row's last token the last of K."""
+        longest, lengths = max(n_tokens), self.lengths[: len(blocks)]
+        is_even = min(n_tokens) == longest and min(lengths) == max(lengths)
+        if is_even and all(block.is_line for block in blocks):
+            self._placement.place_line(slice(0, len(blocks)), lengths[0], longest)
+        else:
+            self._placement.place(lengths, n_tokens, longest, self._lm.device)
+        kwargs: dict[str, Any] = {}
+        if not (is_even and longest == 1 and self._in_window(lengths[0])):
+            positions, masks = self._positions_and_masks(blocks, n_tokens, longest)
+            kwargs = {"position_ids": positions, "attention_mask": masks}
+        ids = self._padded(blocks, longest)
+        return self._lm.forward(
+            ids, logits_to_keep=0 if keep_all else 1, past_key_values=self._cache, use_cache=True, **kwargs
+        )
+
+    def _padded(self, blocks: list[Block], width: int) -> Tensor:
+        """(B, width) token ids, padding on the left."""
+        padded = [[0] * (width - len(block.token_ids)) + block.token_ids for block in blocks]
+        return torch.tensor(padded, device=self._lm.device)
 
     def commit(self, row: int, path: list[int]) -> None:
         start = self.lengths[row]
@@ -240,17 +249,19 @@ class _Placement:
         self.rows = slice(0, n_rows)
         self.start = 0
         self.kv_length = 0
-        self.slots: np.ndarray | None = None  # (B, T); None: `start`, `start` + 1, … in every row
+        # Row numbers (B, 1) and slots (B, T) of the tokens; None: `start`, `start` + 1, … in every row.
+        self.index: tuple[Tensor, Tensor] | None = None
 
     def place_line(self, rows: slice, start: int, n_tokens: int) -> None:
-        self.rows, self.start, self.kv_length, self.slots = rows, start, start + n_tokens, None
+        self.rows, self.start, self.kv_length, self.index = rows, start, start + n_tokens, None
 
-    def place(self, lengths: list[int], n_tokens: list[int]) -> None:
-        columns = np.arange(max(n_tokens))
+    def place(self, lengths: list[int], n_tokens: list[int], width: int, device: torch.device) -> None:
+        """Each row's tokens behind its own text, in the last columns; what stands before them goes to the last slot."""
         starts, counts = np.array(lengths)[:, None], np.array(n_tokens)[:, None]
-        offsets = columns - (len(columns) - counts)
+        offsets = np.arange(width) - (width - counts)
+        slots = torch.from_numpy(np.where(offsets >= 0, starts + offsets, self.n_slots - 1)).to(device)
         self.rows, self.start = slice(0, len(lengths)), max(lengths)
-        self.slots = np.where(offsets >= 0, starts + offsets, self.n_slots - 1)
+        self.index = torch.arange(len(lengths), device=device)[:, None], slots
         self.kv_length = int((starts + counts).max())
 
 
@@ -276,11 +287,11 @@ class _SlotLayer(CacheLayerMixin):
         assert stored is not None
         placement = self._placement
         rows = stored[placement.rows]
-        if placement.slots is None:
+        if placement.index is None:
             rows[:, :, placement.start : placement.start + new.shape[2]] = new
         else:
-            slots = torch.from_numpy(placement.slots).to(new.device)
-            rows[torch.arange(len(rows), device=new.device)[:, None], :, slots] = new.transpose(1, 2)
+            row_numbers, slots = placement.index
+            rows[row_numbers, :, slots] = new.transpose(1, 2)
         return rows[:, :, : placement.kv_length]
 
     def stored(self) -> tuple[Tensor, Tensor]:
@@ -296,6 +307,85 @@ class _SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self._placement.n_slots
+
+
+# ---- Passes of fixed shape
+
+
+class GraphedRows(SlotRows):
+    """Slots, with every pass padded to one of a few lengths and looking at all slots, so that nothing changes shape.
+
+    On CUDA the pass of each number of rows and tokens is captured as a graph once and replayed: a step costs the
+    kernels' time, not that of launching them one by one. Elsewhere the same passes run as they are.
+    """
+
+    def __init__(self, lm: CausalLM, n_rows: int, n_slots: int) -> None:
+        super().__init__(lm, n_rows, n_slots)
+        self._passes: dict[tuple[int, int], _FixedPass] = {}
+
+    def _pass(self, blocks: list[Block], n_tokens: list[int], keep_all: bool) -> tuple[Tensor, Tensor]:
+        width = next(length for length in FIXED_LENGTHS if length >= max(n_tokens))
+        self._placement.place(self.lengths[: len(blocks)], n_tokens, width, self._lm.device)
+        # Every slot, that of the padding too, which no mask lets be seen.
+        self._placement.kv_length = self._placement.n_slots
+        positions, masks = self._positions_and_masks(blocks, n_tokens, width)
+        key = len(blocks), width
+        if key not in self._passes:
+            self._passes[key] = _FixedPass(self._lm, self._cache, self._placement)
+        return self._passes[key].run(self._padded(blocks, width), positions, masks)
+
+
+class _FixedPass:
+    """One forward pass of fixed shape on buffers of its own; a CUDA graph from its first run on."""
+
+    def __init__(self, lm: CausalLM, cache: Cache, placement: _Placement) -> None:
+        self._lm, self._cache, self._placement = lm, cache, placement
+        self._inputs: list[Tensor] = []
+        self._masks: Any = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._outputs: tuple[Tensor, Tensor] | None = None
+
+    def run(self, input_ids: Tensor, positions: Tensor, masks: Any) -> tuple[Tensor, Tensor]:
+        assert self._placement.index is not None
+        row_numbers, slots = self._placement.index
+        given = [input_ids, positions, slots, *(masks.values() if isinstance(masks, dict) else [masks])]
+        if not self._inputs:
+            self._inputs = [tensor.clone() for tensor in given]
+            buffers = self._inputs[3:]
+            self._masks = dict(zip(masks, buffers, strict=True)) if isinstance(masks, dict) else buffers[0]
+        for buffer, tensor in zip(self._inputs, given, strict=True):
+            buffer.copy_(tensor)
+        self._placement.index = row_numbers, self._inputs[2]
+        if self._lm.device.type != "cuda":
+            return self._forward()
+        if self._graph is None:
+            self._capture()
+        assert self._graph is not None
+        assert self._outputs is not None
+        self._graph.replay()
+        # The next replay writes over the outputs.
+        return self._outputs[0].clone(), self._outputs[1].clone()
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream(self._lm.device)
+        side.wait_stream(torch.cuda.current_stream(self._lm.device))
+        with torch.cuda.stream(side):
+            # Kernels are chosen and memory is taken before the capture; writing the same slots again changes nothing.
+            for _ in range(N_WARM_UP_PASSES):
+                self._forward()
+        torch.cuda.current_stream(self._lm.device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = self._forward()
+
+    def _forward(self) -> tuple[Tensor, Tensor]:
+        return self._lm.forward(
+            self._inputs[0],
+            past_key_values=self._cache,
+            use_cache=True,
+            position_ids=self._inputs[1],
+            attention_mask=self._masks,
+        )
 
 
 # ---- The model's own cache
