@@ -1,0 +1,347 @@
+"""The row found is the true maximum, as float64 over all rows finds it, whichever way is taken and whatever the rows."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import utils.search
+from utils.datastore import Datastore, TokenTrie
+from utils.search import VectorIndex, Way
+
+WAYS: list[Way] = ["product", "half", "bounded"]
+# Sums of the same products in another order.
+SUM_ROUNDING = 1e-14
+
+
+def brute_force(query: Tensor, rows: Tensor) -> np.ndarray:
+    """(N,) float64 cosine similarities, the sums rounded once."""
+    exact = query.double().numpy()
+    length = math.sqrt(math.fsum(exact * exact)) or 1.0
+    return np.array([math.fsum(row * exact) / length for row in rows.double().numpy()])
+
+
+def unit(rows: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(rows.double(), dim=1).float()
+
+
+def noise(n: int, d: int, seed: int) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def clustered(n: int, d: int, seed: int) -> Tensor:
+    return noise(5, d, seed)[torch.arange(n) % 5] + 0.02 * noise(n, d, seed + 1)
+
+
+def near_duplicate(n: int, d: int, seed: int) -> Tensor:
+    return unit(noise(1, d, seed)) + 1e-6 * unit(noise(n, d, seed + 1))
+
+
+def narrow_cone(n: int, d: int, seed: int) -> Tensor:
+    """Cosine 0.9 and more between any two, with a decaying spectrum: as hidden states are."""
+    spectrum = 1 / torch.arange(1, d + 1)
+    return 3 * unit(noise(1, d, seed)) + unit(noise(n, d, seed + 1) * spectrum)
+
+
+def opposite(n: int, d: int, seed: int) -> Tensor:
+    row = noise(1, d, seed)
+    return torch.where(torch.arange(n)[:, None] % 3 == 2, row, -row)
+
+
+def with_zeros(n: int, d: int, seed: int) -> Tensor:
+    return noise(n, d, seed) * (torch.arange(n)[:, None] % 2)
+
+
+def coarse(n: int, d: int, seed: int) -> Tensor:
+    """Rows of few different values: many ties and near ties that float16 cannot tell apart."""
+    return noise(n, d, seed).round() + 1e-4 * noise(n, d, seed + 1).round()
+
+
+KINDS: dict[str, Callable[[int, int, int], Tensor]] = {
+    "random": noise,
+    "clustered": clustered,
+    "near-duplicate": near_duplicate,
+    "narrow cone": narrow_cone,
+    "opposite": opposite,
+    "with zeros": with_zeros,
+    "coarse": coarse,
+}
+
+
+def queries_for(rows: Tensor, seed: int) -> Tensor:
+    """A row itself, close to rows, between two, opposite to one, far from all, and zero; of all lengths."""
+    n, d = rows.shape
+    chosen = rows[torch.randint(n, (6,), generator=torch.Generator().manual_seed(seed))]
+    near = chosen + noise(6, d, seed) * torch.tensor([[0.0], [1e-7], [1e-4], [1e-2], [0.1], [1.0]])
+    others = torch.stack([chosen[0] + chosen[1], -chosen[0], noise(1, d, seed + 1)[0], torch.zeros(d)])
+    return torch.cat([near, others]) * torch.tensor([1, 1, 7, 1e-3, 1e5, 40, 1e-12, 1e12, 1, 1])[:, None]
+
+
+def require_nearest(found: tuple[int, float], exact: np.ndarray, rows: Tensor) -> None:
+    row, similarity = found
+    assert exact[row] >= exact.max() - SUM_ROUNDING
+    assert similarity == pytest.approx(min(max(exact.max(), -1), 1), abs=SUM_ROUNDING)
+    if exact.max() - exact.min() > 0:  # so the query is not zero
+        assert not (rows[:row] == rows[row]).all(dim=1).any(), "of equal rows the lowest wins"
+    else:
+        assert row == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "d"), [(1, 33), (63, 200), (65, 5), (530, 130)])
+def test_nearest_is_the_true_maximum(way: Way, kind: str, n: int, d: int) -> None:
+    rows = unit(KINDS[kind](n, d, n + d))
+    queries = queries_for(rows, n)
+    index = VectorIndex(rows, way)
+    batch_rows, batch_similarities = index.nearest_batch(queries)
+    for i, query in enumerate(queries):
+        exact = brute_force(query, rows)
+        require_nearest(index.nearest(query), exact, rows)
+        require_nearest((int(batch_rows[i]), float(batch_similarities[i])), exact, rows)
+        # What runs on an accelerator, run on the host.
+        require_nearest(index._nearest_on_device(query), exact, rows)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    n=st.integers(1, 200),
+    d=st.integers(1, 90),
+    kind=st.sampled_from(list(KINDS)),
+    way=st.sampled_from(WAYS),
+    seed=st.integers(0, 2**20),
+)
+def test_nearest_is_the_true_maximum_for_any_shape(n: int, d: int, kind: str, way: Way, seed: int) -> None:
+    rows = unit(KINDS[kind](n, d, seed))
+    index = VectorIndex(rows, way)
+    for query in queries_for(rows, seed)[:5]:
+        require_nearest(index.nearest(query), brute_force(query, rows), rows)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_nearest_is_the_true_maximum_of_vectors_of_small_whole_numbers(data: st.DataObject) -> None:
+    d = data.draw(st.integers(1, 6))
+    numbers = st.lists(st.integers(-2, 2), min_size=d, max_size=d)
+    rows = unit(torch.tensor(data.draw(st.lists(numbers, min_size=1, max_size=30)), dtype=torch.float64))
+    query = torch.tensor(data.draw(numbers), dtype=torch.float32)
+    way = data.draw(st.sampled_from(WAYS))
+    require_nearest(VectorIndex(rows, way).nearest(query), brute_force(query, rows), rows)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("n_equal", [1, 2, 63, 64, 65, 400])
+def test_equal_rows_tie_and_the_lowest_wins(way: Way, n_equal: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(utils.search, "BLOCK_NUMBERS", 700)  # so that they are compared in several blocks
+    row = unit(noise(1, 70, 1))
+    index = VectorIndex(torch.cat([-row] * 7 + [row] * n_equal + [-row]), way)
+    query = row[0] * 5
+    found = [index.nearest(query), index._nearest_on_device(query)]
+    rows, similarities = index.nearest_batch(query[None])
+    for best, similarity in [*found, (int(rows[0]), float(similarities[0]))]:
+        assert best == 7
+        assert similarity == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_that_float32_cannot_tell_apart_are_told_apart(way: Way) -> None:
+    # The first coordinates decide nothing, the last one does: by 2^-30, far below the rounding of the sum.
+    rows = torch.zeros(300, 128)
+    rows[:, 0] = 1.0
+    rows[:, -1] = 2.0**-30 * torch.arange(300)
+    query = torch.zeros(128)
+    query[0] = query[-1] = 1.0
+    row, similarity = VectorIndex(rows, way).nearest(query)
+    assert (row, similarity) == (299, pytest.approx((1 + 299 * 2.0**-30) / math.sqrt(2), abs=1e-15))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_query_of_any_dtype_and_length_is_compared_by_direction(way: Way, dtype: torch.dtype) -> None:
+    index = VectorIndex(torch.eye(4), way)
+    assert index.nearest(torch.tensor([0, 0, 7, 1], dtype=dtype)) == (2, pytest.approx(7 / 50**0.5, abs=1e-15))
+    # The least and the largest of some dtypes, whose squares are 0 or infinite.
+    for extreme in (torch.finfo(dtype).tiny, torch.finfo(dtype).max / 2):
+        query = torch.tensor([0, extreme, 0, -extreme], dtype=dtype)
+        assert index.nearest(query) == (1, pytest.approx(0.5**0.5, abs=1e-15))
+        rows, similarities = index.nearest_batch(query[None])
+        assert (rows.tolist(), similarities.tolist()) == ([1], pytest.approx([0.5**0.5], abs=1e-15))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_query_of_zeros_is_as_similar_to_every_row(way: Way) -> None:
+    index = VectorIndex(unit(noise(200, 64, 3)), way)
+    assert index.nearest(torch.zeros(64)) == index._nearest_on_device(torch.zeros(64)) == (0, 0.0)
+    rows, similarities = index.nearest_batch(torch.stack([torch.zeros(64), noise(1, 64, 4)[0]]))
+    assert (rows[0], similarities[0]) == (0, 0)
+
+
+def test_similarity_never_leaves_the_range_of_a_cosine() -> None:
+    # Rounded to float32 the rows are a little longer than 1.
+    row = torch.tensor([0.6, 0.8000001])
+    assert float(row.double().square().sum()) > 1
+    index = VectorIndex(torch.stack([row, -row]))
+    assert index.nearest(torch.nn.functional.normalize(row.double(), dim=0)) == (0, 1.0)
+    assert index.nearest_batch(row[None])[1].tolist() == [1.0]
+    assert VectorIndex(-row[None]).nearest(row) == (0, -1.0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_are_errors_and_never_a_row(way: Way, bad: float) -> None:
+    rows = unit(noise(100, 40, 5))
+    index = VectorIndex(rows, way)
+    query = noise(1, 40, 6)[0]
+    query[17] = bad
+    for search in (index.nearest, index._nearest_on_device, lambda q: index.nearest_batch(torch.stack([rows[0], q]))):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            search(query)
+    rows = rows.clone()
+    rows[99, 39] = bad
+    with pytest.raises(ValueError, match="not of length 1, or hold NaN"):
+        VectorIndex(rows, way)
+
+
+def test_rows_that_became_nan_since_are_an_error() -> None:
+    rows = unit(noise(100, 40, 5))
+    index = VectorIndex(rows)
+    rows[3] = math.nan
+    for search in (index.nearest, lambda query: index.nearest_batch(query[None])):
+        with pytest.raises(ValueError, match="NaN"):
+            search(rows[0].clone())
+
+
+def test_rows_and_queries_of_another_shape_are_refused() -> None:
+    for rows in (torch.eye(3).double(), torch.empty(0, 3), torch.ones(3), 2 * torch.eye(3)):
+        with pytest.raises(ValueError, match="the rows are"):
+            VectorIndex(rows)
+    with pytest.raises(ValueError, match="shape"):
+        VectorIndex(torch.eye(3)).nearest(torch.ones(4))
+    with pytest.raises(ValueError, match="shape"):
+        VectorIndex(torch.eye(3)).nearest_batch(torch.ones(3))
+
+
+def test_a_batch_of_none_finds_none() -> None:
+    rows, similarities = VectorIndex(torch.eye(3)).nearest_batch(torch.empty(0, 3))
+    assert (rows.shape, rows.dtype, similarities.shape, similarities.dtype) == ((0,), torch.int64, (0,), torch.float64)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_batches_are_cut_into_blocks_of_bounded_size(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, queries = unit(narrow_cone(300, 70, 1)), narrow_cone(23, 70, 2)
+    whole = VectorIndex(rows, way).nearest_batch(queries)
+    monkeypatch.setattr(utils.search, "SCORES_AT_ONCE", 1500)
+    monkeypatch.setattr(utils.search, "BLOCK_NUMBERS", 700)
+    cut = VectorIndex(rows, way).nearest_batch(queries)
+    assert whole[0].tolist() == cut[0].tolist()
+    assert whole[1].tolist() == pytest.approx(cut[1].tolist(), abs=SUM_ROUNDING)
+
+
+# ---- Which way, and when
+
+
+def state(index: VectorIndex) -> Way:
+    return "bounded" if index._columns is not None else "half" if index._half is not None else "product"
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "after_few", "after_many"),
+    [
+        (2047, 128, "product", "product"),  # 128 numbers short of the threshold
+        (2048, 128, "half", "bounded"),
+        (2049, 128, "half", "bounded"),
+        (2100, 127, "half", "half"),  # too few dimensions for bounds
+        (8192, 128, "half", "bounded"),
+    ],
+)
+def test_copies_are_made_once_they_pay_and_the_row_stays_the_true_one(
+    n: int, d: int, after_few: Way, after_many: Way
+) -> None:
+    rows = unit(narrow_cone(n, d, 1))
+    index = VectorIndex(rows)
+    bounded_after = 32 if n >= 8192 else 128
+    if not utils.search._converts_halves_fast():
+        after_few, after_many = "product", "product" if after_many == "half" else after_many
+    seen = []
+    for i in range(bounded_after + 1):
+        query = rows[i * 7 % n] + 0.01 * unit(noise(1, d, i))[0]
+        row = index.nearest(query)[0]
+        exact = rows.double() @ query.double()
+        assert float(exact[row]) >= float(exact.max()) - SUM_ROUNDING
+        seen.append(state(index))
+    middle = bounded_after - 4
+    assert seen == ["product"] * 3 + [after_few] * middle + [after_many] * 2
+
+
+def test_a_batch_counts_as_many_searches() -> None:
+    index = VectorIndex(unit(narrow_cone(8192, 128, 1)))
+    index.nearest_batch(narrow_cone(32, 128, 2))
+    assert state(index) == "bounded"
+
+
+def test_bounds_that_leave_too_many_rows_are_given_up() -> None:
+    rows = unit(noise(8192, 128, 1))
+    index = VectorIndex(rows)
+    for i in range(50):
+        query = noise(1, 128, 100 + i)[0]
+        assert index.nearest(query)[0] == int((rows.double() @ query.double()).argmax())
+    assert state(index) == ("half" if utils.search._converts_halves_fast() else "product")
+
+
+def test_a_token_trie_counts_its_index_and_the_datastore_keeps_under_its_bound() -> None:
+    rows = unit(narrow_cone(8192, 128, 1))
+    ids = np.zeros(8192, dtype=np.int32)
+    tries = [TokenTrie(token, rows, ids, np.arange(8193), ids, ids) for token in range(3)]
+    before = tries[0].n_bytes
+    tries[0].index.nearest_batch(rows[:32])
+    assert state(tries[0].index) == "bounded"
+    assert tries[0].n_bytes == before + 8192 * 64 * 4 + 63 * 128 * 8
+    datastore = Datastore.of(tries, 128)
+    datastore._max_bytes = 3 * before
+    for token in (1, 2):
+        datastore.trie(token)
+    assert list(datastore._kept) == [0, 1, 2]
+    datastore.trie(0)  # 1 is the least recently used, and with the index there is no room for three
+    assert list(datastore._kept) == [2, 0]
+
+
+def test_the_error_of_a_half_product_is_near_its_bound_and_never_above() -> None:
+    # All numbers lie just below the middle between two of float16, so that all are rounded the same way, and most.
+    row = torch.full((1, 255), (1 + 0.999 * 2.0**-11) / 16)
+    index = VectorIndex(row, "half")
+    assert index._half is not None
+    error = float((row[0].double() ** 2).sum()) - float(torch.mv(index._half, row[0].half())[0])
+    assert 0.6 * index._half_error < error <= index._half_error
+
+
+def test_a_half_product_that_is_rounded_on_the_way_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = utils.search._adds_halves_in_float32.__wrapped__
+    assert probe(300)
+
+    def rounded_on_the_way(rows: Tensor, query: Tensor) -> Tensor:
+        total = torch.zeros(len(rows), dtype=torch.float16)
+        for column, factor in zip(rows.T, query, strict=True):
+            total = total + column * factor
+        return total
+
+    monkeypatch.setattr(torch, "mv", rounded_on_the_way)
+    assert not probe(300)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["product", "bounded"])
+def test_nearest_on_cuda_is_the_true_maximum(kind: str, way: Way) -> None:
+    rows = unit(KINDS[kind](777, 130, 9))
+    queries = queries_for(rows, 9)
+    index = VectorIndex(rows.cuda(), way)
+    batch_rows, batch_similarities = index.nearest_batch(queries.cuda())
+    for i, query in enumerate(queries):
+        exact = brute_force(query, rows)
+        require_nearest(index.nearest(query.cuda()), exact, rows)
+        require_nearest((int(batch_rows[i]), float(batch_similarities[i])), exact, rows)
