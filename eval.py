@@ -26,10 +26,11 @@ from utils.cli import (
     probability,
     run_script,
     top_p,
+    window_size,
 )
 from utils.display import use_colour
-from utils.files import make_folder, require_folder, sole_writer
-from utils.prompts import read_prompts, require_template
+from utils.files import make_folder, require_file, require_folder, sole_writer
+from utils.prompts import read_prompts, repeated, require_template
 from utils.token_trie import find_trie_folder, read_token_id_list
 
 
@@ -45,7 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no_reprocessing", action="store_true", help="take the flattened tries as they are")
     parser.add_argument("--trie_cache_gb", type=positive_float, default=4.0, help="GB of tries kept in memory")
     parser.add_argument("--move_trie_to_gpu", action="store_true", help="hold all tries on --device from the start")
-    parser.add_argument("--prompt_file", type=Path, required=True, help="prompts: JSON list or JSON Lines")
+    parser.add_argument("--prompt_file", type=Path, help="prompts: JSON list or JSON Lines")
     parser.add_argument("--prompt_template", help="text around each prompt, such as 'Q: {prompt}\\nA:' (default: none)")
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
     parser.add_argument("--save_dir", type=Path, required=True, help="folder for prompt_{i}.json and summary.json")
@@ -70,6 +71,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="chunk emits retrieved chunks; verify lets the LM confirm them, so that the text is the LM's own",
     )
     add_drafts(parser)
+    add_texts(parser)
+    parser.add_argument(
+        "--acceptance_map", type=Path, help="fitted map of similarity to acceptance probability, in the place of θ's"
+    )
     parser.add_argument("--max_new_tokens", type=positive_int, default=50, help="tokens per prompt, at most")
     parser.add_argument("--temperature", type=non_negative_float, default=1.0, help="of the LM's tokens; 0 is greedy")
     parser.add_argument(
@@ -87,6 +92,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gen_baseline_only", action="store_true", help="generate without a datastore, and only that")
     parser.add_argument("--compare_baseline", action="store_true", help="generate with and without, prompt by prompt")
     args = parser.parse_args(argv)
+    if not (args.prompt_file or args.perplexity_file or args.fit_acceptance):
+        parser.error("needs --prompt_file, --perplexity_file or --fit_acceptance")
+    if args.fit_acceptance and (args.gen_baseline_only or args.acceptance_map):
+        parser.error("--fit_acceptance needs a datastore, and takes the place of --acceptance_map")
+    if args.save_as_corpus and not args.prompt_file:
+        parser.error("--save_as_corpus writes what is generated, so it needs --prompt_file")
     if args.gen_baseline_only and args.compare_baseline:
         parser.error("--gen_baseline_only leaves out what --compare_baseline compares with; give one of them")
     if args.stream and args.batch_size > 1:
@@ -119,9 +130,36 @@ def add_drafts(parser: Parser) -> None:
     )
 
 
+def add_texts(parser: Parser) -> None:
+    texts = parser.add_argument_group("texts")
+    texts.add_argument(
+        "--perplexity_file", type=Path, help="passages to give the perplexity of, as stage 1 writes them"
+    )
+    texts.add_argument(
+        "--sweep_similarity_threshold",
+        type=cosine,
+        nargs="+",
+        metavar="θ",
+        help="evaluate the perplexity at each of these",
+    )
+    texts.add_argument(
+        "--fit_acceptance", type=Path, help="passages to fit the acceptance map to; it is saved in --save_dir and used"
+    )
+    texts.add_argument("--perplexity_window", type=window_size, default=512, help="tokens of a window of these texts")
+    texts.add_argument("--max_windows", type=positive_int, help="only the first windows (default: all)")
+    texts.add_argument("--perplexity_batch_size", type=positive_int, default=8, help="windows the LM reads together")
+    texts.add_argument("--num_return_sequences", type=positive_int, default=1, help="texts generated for each prompt")
+    texts.add_argument(
+        "--save_as_corpus", type=Path, metavar="DIR", help="write prompts and generated texts as a stage 1 corpus"
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    prompts = read_prompts(args.prompt_file)
+    prompts = repeated(read_prompts(args.prompt_file), args.num_return_sequences) if args.prompt_file else []
+    for path in (args.perplexity_file, args.fit_acceptance):
+        if path is not None:
+            require_file(path, "stage 1 writes, a JSON list of passages")
     require_template(args.prompt_template, args.chat)
     trie_folder: Path | None = None
     excluded: frozenset[int] = frozenset()

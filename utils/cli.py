@@ -80,6 +80,10 @@ def draft_size(text: str) -> int:
     return int(_number(text, int, "a whole number from 1 to 256", lambda value: 1 <= value <= 256))
 
 
+def window_size(text: str) -> int:
+    return int(_number(text, int, "a whole number of at least 2", lambda value: value >= 2))
+
+
 def cosine(text: str) -> float:
     return _number(text, float, "a cosine similarity in [-1, 1]", lambda value: -1 <= value <= 1)
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from utils.acceptance import Acceptance
+from utils.acceptance import Acceptance, read_map
 from utils.datastore import Datastore, open_datastore
 from utils.decoding import Decoding, Request, decode, n_slots_for
 from utils.display import TokenStream, format_example, format_table, use_colour
 from utils.draft_costs import DraftCosts
 from utils.drafting import DraftSettings, RetrievalDrafter
-from utils.files import InputError, file_fingerprint, read_finished
+from utils.files import InputError, file_fingerprint, make_folder, read_finished, write_json_list
 from utils.generation import Generation
 from utils.kv_cache import open_rows
 from utils.models import (
@@ -44,7 +45,9 @@ from utils.results import (
 )
 from utils.retrieval import Retriever
 from utils.sampling import Sampler
+from utils.text_evaluation import FITTED_MAP, TextReader, evaluate_perplexity, fit_acceptance, format_perplexity
 from utils.token_trie import HIDDEN_STATES_MANIFEST
+from utils.windows import WindowShape
 
 WARM_UP_TOKENS = 8
 BYTES_PER_GB = 10**9
@@ -68,13 +71,76 @@ class Evaluation:
             _require_same_model(trie_folder, self._model_fingerprint, self._tokenizer, args.model_path)
         self._retrieval_run = run_name(args.decoding, args.similarity_threshold)
         self._retriever: Retriever | None = None
+        self._fitted = read_map(args.acceptance_map) if args.acceptance_map else None
+        self._parts: list[str] = []  # of the report
 
     def run(self) -> None:
+        """Fit, evaluate and generate, whatever the command asks for."""
+        if self._args.fit_acceptance:
+            self._fit()
+        if self._args.perplexity_file:
+            thresholds = self._args.sweep_similarity_threshold or [self._args.similarity_threshold]
+            thresholds = [] if self._trie_folder is None else thresholds
+            report = evaluate_perplexity(
+                self._text_reader(), self._args.perplexity_file, self._args.save_dir, thresholds, self._acceptance()
+            )
+            self._parts.append(format_perplexity(report))
+        if self._prompts:
+            self._generate()
+        if self._args.save_as_corpus:
+            self._save_as_corpus()
+
+    def _fit(self) -> None:
+        args = self._args
+        self._fitted = fit_acceptance(self._text_reader(), args.fit_acceptance, args.save_dir, args.q_max)
+        origin, n_tokens = self._fitted.origin, self._fitted.origin["tokens"]
+        shown = ", ".join(
+            f"{name} {np.exp(-origin[f'log_likelihood_{name}'] / n_tokens):.3f}"
+            for name in ("base", "constant", "fitted")
+        )
+        self._parts.append(
+            f"Acceptance map fitted to {args.fit_acceptance} in {origin['steps']} steps; perplexity there: {shown} "
+            f"(best constant q {origin['constant']:.4f}): {args.save_dir / FITTED_MAP}"
+        )
+
+    def _text_reader(self) -> TextReader:
+        args = self._args
+        shape = WindowShape(args.perplexity_window, args.perplexity_window, min_length=2)
+        datastore = None if self._trie_folder is None else self._datastore
+        return TextReader(
+            self._lm, self._tokenizer, datastore, shape, args.max_windows, args.perplexity_batch_size, args.save_dir
+        )
+
+    def _acceptance(self) -> Acceptance:
+        args = self._args
+        return Acceptance(args.similarity_threshold, args.acceptance, args.q_max, self._fitted)
+
+    def _save_as_corpus(self) -> None:
+        """The generated texts as stage 1 writes a corpus, all in train; each with its prompt, as the model read it."""
+        folder = make_folder(self._args.save_as_corpus)
+        name = next(iter(self._settings()))
+        texts = [self._corpus_text(read_run(self._args.save_dir, i, name).token_ids) for i in range(len(self._prompts))]
+        for split in ("train", "validation", "test"):
+            write_json_list(folder / f"{split}.json", [{"text": text} for text in texts] if split == "train" else [])
+        self._parts.append(f"{len(texts)} texts as a corpus: {folder / 'train.json'}")
+
+    def _corpus_text(self, token_ids: list[int]) -> str:
+        """Without the marks of begin and end, which stage 2's windows do not have either."""
+        marks = {self._tokenizer.bos_token_id, *eos_token_ids(self._lm, self._tokenizer)}
+        first = 1 if token_ids[0] in marks else 0
+        last = len(token_ids) - (1 if token_ids[-1] in marks else 0)
+        return self._decode(token_ids[first:last])
+
+    @cached_property
+    def _lm(self) -> CausalLM:
+        return load_lm(self._args.model_path, self._args.device, self._args.dtype, self._args.cache_dir)
+
+    def _generate(self) -> None:
         """Generate every run that a prompt still lacks and save it as it ends."""
         pending = pending_runs(self._args.save_dir, self._prompt_pairs(), self._settings(), self._args.overwrite)
         if not any(pending):
             return
-        lm = load_lm(self._args.model_path, self._args.device, self._args.dtype, self._args.cache_dir)
+        lm = self._lm
         decodings = {name: self._decoding(name, lm) for name in self._settings()}
         if self._args.cuda_graphs:
             decodings = self._with_graphs(lm, decodings)
@@ -97,8 +163,10 @@ class Evaluation:
     def report(self, colour: bool) -> str:
         """The table of all runs, one generation with its chunks marked, and where the files are, for this stream."""
         save_dir = self._args.save_dir
+        if not self._prompts:
+            return "\n\n".join(self._parts)
         summary = write_summary(save_dir)
-        parts = [format_table(summary)]
+        parts = [*self._parts, format_table(summary)]
         if self._retrieval_run in self._settings() and self._args.decoding == "verify":
             shares = summary["runs"][self._retrieval_run].get("acceptance_by_position", [])
             shown = ", ".join(f"{ahead} {share:.0%}" for ahead, share in enumerate(shares, start=1))
@@ -134,7 +202,8 @@ class Evaluation:
             with_datastore |= {name: getattr(args, name) for name in drafts}
         else:
             q_max = args.q_max if args.acceptance == "bernoulli" else None
-            with_datastore |= {"acceptance": args.acceptance, "q_max": q_max}
+            fitted = None if self._fitted is None else [self._fitted.similarities, self._fitted.probabilities]
+            with_datastore |= {"acceptance": args.acceptance, "q_max": q_max, "acceptance_map": fitted}
         return ({BASELINE: baseline} if args.compare_baseline else {}) | {self._retrieval_run: with_datastore}
 
     def _decoding(self, name: str, lm: CausalLM) -> Decoding:
@@ -146,7 +215,7 @@ class Evaluation:
         )
         if name == BASELINE:
             return decoding
-        datastore = self._open_datastore(lm)
+        datastore = self._datastore
         if args.decoding == "verify":
             settings = DraftSettings(
                 shape=args.draft_shape,
@@ -157,12 +226,12 @@ class Evaluation:
             )
             costs = DraftCosts() if args.draft_growth == "paying" else None
             return replace(decoding, drafter=RetrievalDrafter(datastore, settings), draft_costs=costs)
-        acceptance = Acceptance(args.similarity_threshold, args.acceptance, args.q_max)
-        self._retriever = Retriever(datastore, acceptance)
+        self._retriever = Retriever(datastore, self._acceptance())
         return replace(decoding, retriever=self._retriever)
 
-    def _open_datastore(self, lm: CausalLM) -> Datastore:
-        args = self._args
+    @cached_property
+    def _datastore(self) -> Datastore:
+        args, lm = self._args, self._lm
         assert self._trie_folder is not None
         datastore = open_datastore(
             self._trie_folder,

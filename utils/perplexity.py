@@ -1,11 +1,28 @@
-"""How likely the LM finds a text."""
+"""Perplexity: of a text under the LM, and under CD-LM with the proposals of a datastore (paper section 5).
 
+The LM reads every window once. The proposals of all positions are found together, one matrix product for each entry
+token; any number of acceptance settings is then evaluated from them (`utils.segmentations`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from tqdm import tqdm
 
+from utils.acceptance import Acceptance, AcceptanceMap
+from utils.datastore import Datastore, TokenTrie
+from utils.extraction import require_sound, score_windows
 from utils.models import CausalLM
+from utils.segmentations import Proposals, log_likelihoods, posteriors
+from utils.windows import WindowPlan, plan_batches
 
 # Positions whose logits are turned into float32 probabilities at a time.
 SLICE_POSITIONS = 256
+# Hidden states kept until their proposals are looked up together: 512 MB.
+HIDDEN_NUMBERS_AT_ONCE = 2**27
+N_RESAMPLES = 2000
 
 
 @torch.inference_mode()
@@ -20,3 +37,172 @@ def negative_log_likelihood(lm: CausalLM, prompt_ids: list[int], new_token_ids: 
         losses = torch.nn.functional.cross_entropy(logits[0, part].float(), targets[part], reduction="none")
         total += float(losses.double().sum())
     return total
+
+
+# ---- Proposals
+
+
+def find_proposals(lm: CausalLM, datastore: Datastore | None, plan: WindowPlan, batch_size: int) -> Proposals:
+    """What the LM and the datastore (None: none) say at every position of every window from its second token on.
+
+    Raises InputError where the model computes NaN or infinity.
+    """
+    lengths = plan.lengths - 1
+    starts = np.cumsum(lengths) - lengths
+    n = int(lengths.sum())
+    found = Proposals(lengths, np.zeros(n), np.full(n, np.nan), np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool))
+    batches = plan_batches(plan.lengths, batch_size)
+    with tqdm(total=n, desc="finding proposals", unit="tok", unit_scale=True) as bar:
+        for group in _groups(batches, plan.lengths, lm.hidden_size):
+            entries, places, queries, following, left = [], [], [], [], []
+            for windows in group:
+                token_ids = plan.batch_token_ids(windows)
+                scores = score_windows(lm, token_ids, np.dtype(np.float32))
+                assert scores.hidden_states is not None
+                for row, window in enumerate(windows.tolist()):
+                    require_sound(window, row, scores)
+                    at = starts[window] + np.arange(lengths[window])
+                    found.log_probs[at] = scores.log_probs[row, 1:]
+                    entries.append(token_ids[row, :-1])
+                    places.append(at)
+                    queries.append(scores.hidden_states[row, :-1])
+                    following.append(token_ids[row, 1:])
+                    left.append(np.arange(lengths[window], 0, -1))
+                bar.update(int(lengths[windows].sum()))
+            if datastore is not None:
+                asked = _Asked(*(np.concatenate(column) for column in (entries, places, queries, following, left)))
+                _look_up(found, datastore, asked)
+    return found
+
+
+def _groups(batches: list[np.ndarray], lengths: np.ndarray, hidden_size: int) -> Iterator[list[np.ndarray]]:
+    """Batches whose hidden states fit in memory together."""
+    group: list[np.ndarray] = []
+    n_numbers = 0
+    for windows in batches:
+        size = int(lengths[windows].sum()) * hidden_size
+        if group and n_numbers + size > HIDDEN_NUMBERS_AT_ONCE:
+            yield group
+            group, n_numbers = [], 0
+        group.append(windows)
+        n_numbers += size
+    if group:
+        yield group
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Positions to find proposals for, those of a window together in order; each array is of length n."""
+
+    entries: np.ndarray  # token ids
+    places: np.ndarray  # in the proposals' arrays
+    queries: np.ndarray  # (n, D): the entry tokens' hidden states
+    following: np.ndarray  # the next tokens
+    left: np.ndarray  # tokens left in the window
+
+
+def _look_up(found: Proposals, datastore: Datastore, asked: _Asked) -> None:
+    """Fill in the proposals of some positions, one search for all those of an entry token."""
+    order = np.argsort(asked.entries, kind="stable")
+    borders = np.flatnonzero(np.diff(asked.entries[order])) + 1
+    for positions in np.split(order, borders):
+        trie = datastore.trie(int(asked.entries[positions[0]]))
+        if trie is None:
+            continue
+        rows, similarities = trie.index.nearest_batch(torch.from_numpy(asked.queries[positions]))
+        at = asked.places[positions]
+        chosen = rows.cpu().numpy()
+        found.similarities[at] = similarities.cpu().numpy()
+        found.chunk_lengths[at] = np.minimum(trie.chunk_lengths(chosen), asked.left[positions])
+        found.matches[at] = _is_text(trie, chosen, found.chunk_lengths[at], asked.following, positions)
+
+
+def _is_text(
+    trie: TokenTrie, rows: np.ndarray, lengths: np.ndarray, following: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    """(n,) bool: whether each row's chunk, cut to its length, is what follows its position."""
+    longest = int(lengths.max())
+    chunks = trie.continuations(rows, longest, first=0)
+    ahead = np.arange(longest)
+    text = following[np.minimum(positions[:, None] + ahead, len(following) - 1)]
+    return np.asarray(((chunks == text) | (ahead >= lengths[:, None])).all(axis=1))
+
+
+# ---- Figures
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """What a text's likelihood is divided by: tokens that were predicted, and their bytes in UTF-8."""
+
+    n_tokens: int
+    n_bytes: int
+
+
+def base_figures(proposals: Proposals, size: TextSize) -> dict[str, float]:
+    """Perplexity of the base LM."""
+    nll = -np.array([proposals.log_probs[part].sum() for part in proposals.windows()])
+    return _figures(nll, proposals.lengths, size)
+
+
+def cdlm_figures(proposals: Proposals, probabilities: np.ndarray, size: TextSize) -> list[dict[str, float]]:
+    """Perplexity of CD-LM under each setting; probabilities (S, N): q at each position.
+
+    ratio: to the base LM's perplexity, its interval over the same windows of both. coverage and accepted: shares of
+    positions with a proposal, and with one of q >= 1/2; matched: share of the proposals that are what the text says;
+    from_chunks: expected share of the tokens that chunks brought.
+    """
+    log_p = log_likelihoods(proposals, probabilities)
+    found = ~np.isnan(proposals.similarities)
+    shares = {
+        "coverage": float(found.mean()),
+        "matched": float(proposals.matches[found].mean()) if found.any() else 0.0,
+    }
+    of_base = np.array([proposals.log_probs[part].sum() for part in proposals.windows()])
+    figures = []
+    for q, of_windows in zip(probabilities, log_p, strict=True):
+        brought = float((posteriors(proposals, q).accepted * proposals.chunk_lengths).sum())
+        ratio = dict(
+            zip(("ratio_lower", "ratio_upper"), _interval(of_base - of_windows, proposals.lengths), strict=True)
+        )
+        ratio["ratio"] = float(np.exp((of_base - of_windows).sum() / size.n_tokens))
+        extra = {"accepted": float((q >= 0.5).mean()), "from_chunks": brought / size.n_tokens}
+        figures.append(_figures(-of_windows, proposals.lengths, size) | ratio | shares | extra)
+    return figures
+
+
+def _figures(nll: np.ndarray, n_tokens: np.ndarray, size: TextSize) -> dict[str, float]:
+    """nll (W,) in nats, n_tokens (W,) of each window."""
+    lower, upper = _interval(nll, n_tokens)
+    return {
+        "perplexity": float(np.exp(nll.sum() / n_tokens.sum())),
+        "perplexity_lower": lower,
+        "perplexity_upper": upper,
+        "mean_window_perplexity": float(np.exp(nll / n_tokens).mean()),
+        "bits_per_byte": float(nll.sum() / np.log(2) / size.n_bytes),
+        "nll": float(nll.sum()),
+        "tokens": int(n_tokens.sum()),
+    }
+
+
+def _interval(nll: np.ndarray, n_tokens: np.ndarray) -> tuple[float, float]:
+    """Bootstrap 95% interval of the perplexity over windows drawn with replacement; the draws are the same each time."""
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(len(nll), np.full(len(nll), 1 / len(nll)), size=N_RESAMPLES)  # (R, W)
+    resampled = np.exp(counts @ nll / (counts @ n_tokens))
+    lower, upper = np.percentile(resampled, [2.5, 97.5])
+    return float(lower), float(upper)
+
+
+def settings_of(
+    thresholds: list[float], acceptance: Acceptance, constant: float | None
+) -> dict[str, Acceptance | AcceptanceMap]:
+    """The settings of a table by name: each θ, and where a map was fitted, that and the best constant q beside it."""
+    settings: dict[str, Acceptance | AcceptanceMap] = {
+        str(float(theta) + 0.0): Acceptance(theta, acceptance.policy, acceptance.q_max) for theta in thresholds
+    }
+    if constant is not None:
+        settings["constant"] = AcceptanceMap((0.0,), (constant,))
+    if acceptance.fitted is not None:
+        settings["fitted"] = acceptance.fitted
+    return settings

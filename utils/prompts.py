@@ -6,7 +6,7 @@ asks for it.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,11 @@ def _require_unicode(text: str, where: str) -> None:
         raise InputError(
             f"{where} holds {character}, half of a surrogate pair, which is no character; mend it"
         ) from error
+
+
+def repeated(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
+    """Each prompt n times in a row, numbered anew."""
+    return [replace(prompt, index=n * prompt.index + i) for prompt in prompts for i in range(n)]
 
 
 # ---- Token ids

@@ -1,0 +1,242 @@
+"""Perplexity of the base LM and of CD-LM, by the room and by the command."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from architectures import tiny_lm
+from conftest import TEXTS
+from test_decoding import PROMPTS, datastore_near_text, trie
+from test_pipeline import Pipeline, build
+
+from utils.acceptance import Acceptance
+from utils.corpora import Passage
+from utils.datastore import Datastore
+from utils.decoding import Decoding, Request, decode
+from utils.models import load_lm, load_tokenizer
+from utils.perplexity import TextSize, base_figures, cdlm_figures, find_proposals, negative_log_likelihood
+from utils.retrieval import Retriever
+from utils.sampling import Sampler
+from utils.segmentations import log_likelihoods
+from utils.windows import WindowPlan, WindowShape, plan_windows
+
+
+@pytest.fixture(scope="module")
+def plan_of(gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[list[int]]], WindowPlan]:
+    """A plan of these windows, given as token ids."""
+    folder = tmp_path_factory.mktemp("plan")
+    plan = plan_windows([Passage(TEXTS[0])], load_tokenizer(str(gpt2_folder)), WindowShape(50, 50, 2), folder)
+
+    def make(windows: list[list[int]]) -> WindowPlan:
+        tokens = np.concatenate([np.array(window, dtype=np.int32) for window in windows])
+        lengths = np.array([len(window) for window in windows])
+        return replace(plan, passage_tokens=tokens, starts=np.cumsum(lengths) - lengths, lengths=lengths)
+
+    return make
+
+
+def test_the_base_lms_perplexity_is_that_of_labels(gpt2_folder, tmp_path):
+    lm, tokenizer = load_lm(str(gpt2_folder), "cpu"), load_tokenizer(str(gpt2_folder))
+    plan = plan_windows([Passage(text) for text in TEXTS], tokenizer, WindowShape(50, 50, 2), tmp_path)
+    proposals = find_proposals(lm, None, plan, 4)
+    total = 0.0
+    for window in range(plan.n_windows):
+        ids = torch.tensor(plan.token_ids(window)[None].astype(np.int64))
+        with torch.inference_mode():
+            total += float(lm.model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+    figures = base_figures(proposals, TextSize(int(proposals.lengths.sum()), 1))
+    assert figures["nll"] == pytest.approx(total, rel=1e-6)
+    assert figures["tokens"] == plan.n_tokens - plan.n_windows
+    assert figures["perplexity"] == pytest.approx(math.exp(total / figures["tokens"]), rel=1e-6)
+    assert figures["perplexity_lower"] < figures["perplexity"] < figures["perplexity_upper"]
+
+
+def test_nothing_retrieved_gives_the_base_lms_perplexity_to_the_last_digit(plan_of):
+    lm = tiny_lm("gpt2")
+    plan = plan_of([list(range(1, 40)), list(range(50, 80))])
+    store = datastore_near_text(lm, PROMPTS, 20)
+    size = TextSize(67, 100)
+    base = base_figures(find_proposals(lm, None, plan, 2), size)
+    with_store = find_proposals(lm, store, plan, 2)
+    (never,) = cdlm_figures(with_store, Acceptance(1.0).probability(with_store.similarities)[None], size)
+    assert never["nll"] == pytest.approx(base["nll"], abs=1e-9)
+    assert never["ratio"] == pytest.approx(1.0, abs=1e-12)
+    assert never["from_chunks"] == 0.0
+
+
+def test_proposals_are_those_that_loops_find(plan_of):
+    lm = tiny_lm("llama")
+    store = datastore_near_text(lm, PROMPTS, 20)
+    with torch.inference_mode():
+        text = list(PROMPTS[0])
+        for _ in range(20):
+            text.append(int(lm.forward(torch.tensor([text]), use_cache=False)[1][0, -1].argmax()))
+    windows = [text, [5, 6, 7, 8], text[3:15], [20, 21, 22, 23, 24]]
+    found = find_proposals(lm, store, plan_of(windows), 2)
+    at = 0
+    for window in windows:
+        with torch.inference_mode():
+            hidden_states, logits = lm.forward(torch.tensor([window]), use_cache=False)
+        for i in range(len(window) - 1):
+            log_p = logits[0, i].double().log_softmax(-1)[window[i + 1]]
+            assert found.log_probs[at] == pytest.approx(float(log_p), abs=1e-5)
+            token_trie = store.trie(window[i])
+            if token_trie is None:
+                assert np.isnan(found.similarities[at])
+                assert found.chunk_lengths[at] == 0
+            else:
+                query = hidden_states[0, i].double()
+                cosines = token_trie.context_vectors.double() @ query / query.norm()
+                chunk = token_trie.chunk(int(cosines.argmax()))
+                rest = window[i + 1 :]
+                assert found.similarities[at] == pytest.approx(float(cosines.max()), abs=1e-6)
+                assert found.chunk_lengths[at] == min(len(chunk), len(rest))
+                assert found.matches[at] == (chunk[: len(rest)] == rest[: len(chunk)])
+            at += 1
+    assert at == len(found.log_probs)
+    assert 0 < found.matches.sum() < at
+
+
+def test_the_sum_is_the_frequency_with_which_the_generator_writes_a_text(plan_of):
+    """No importance weights: texts of three tokens over a vocabulary of five, drawn 30,000 times."""
+    lm, prompt, n_draws = tiny_lm("five tokens"), [1, 2], 30_000
+    rng = np.random.default_rng(0)
+    tries = []
+    for entry in range(5):
+        vectors = rng.normal(size=(4, lm.hidden_size))
+        rows = [(v / np.linalg.norm(v), rng.integers(0, 5, int(rng.integers(1, 4))).tolist()) for v in vectors]
+        tries.append(trie(entry, rows))
+    store, acceptance = Datastore.of(tries, lm.hidden_size), Acceptance(0.3, "bernoulli")
+    counts: dict[tuple[int, ...], int] = {}
+    decoding = Decoding(Sampler.from_settings(1.0, None, None), frozenset(), Retriever(store, acceptance), 500)
+    for generation in decode(lm, [Request(i, prompt, 3) for i in range(n_draws)], decoding):
+        counts[tuple(generation.new_token_ids)] = counts.get(tuple(generation.new_token_ids), 0) + 1
+    texts = [[*prompt, a, b, c] for a in range(5) for b in range(5) for c in range(5)]
+    proposals = find_proposals(lm, store, plan_of(texts), 25)
+    # The prompt's own second token is given, not generated: it is not summed over.
+    of_prompt = np.arange(0, len(proposals.log_probs), 4)
+    kept = np.setdiff1d(np.arange(len(proposals.log_probs)), of_prompt)
+    values = (proposals.log_probs, proposals.similarities, proposals.chunk_lengths, proposals.matches)
+    cut = type(proposals)(np.full(125, 3), *(column[kept] for column in values))
+    p = np.exp(log_likelihoods(cut, acceptance.probability(cut.similarities)[None])[0])
+    assert p.sum() == pytest.approx(1.0, abs=1e-6)
+    got = np.array([counts.get(tuple(text[2:]), 0) for text in texts]) / n_draws
+    floor = max(0.5 * np.abs(rng.multinomial(n_draws, p / p.sum()) / n_draws - p).sum() for _ in range(20))
+    assert 0.5 * np.abs(got - p).sum() < 1.15 * floor
+    assert sum(proposals.matches) > 0
+
+
+def test_generated_text_is_scored_after_its_prompt_alone(gpt2_folder):
+    lm = load_lm(str(gpt2_folder), "cpu")
+    nll = negative_log_likelihood(lm, [5, 6], [7, 8, 9])
+    with torch.inference_mode():
+        log_p = lm.forward(torch.tensor([[5, 6, 7, 8, 9]]), use_cache=False)[1][0].log_softmax(-1)
+    assert nll == pytest.approx(-float(log_p[1, 7] + log_p[2, 8] + log_p[3, 9]), abs=1e-4)
+
+
+# ---- The command
+
+
+@pytest.fixture(scope="module")
+def made(gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    import importlib
+
+    def run_stage(script: str, *flags: object) -> None:
+        importlib.import_module(script.removesuffix(".py")).main([str(flag) for flag in flags])
+
+    pipeline = build(gpt2_folder, tmp_path_factory.mktemp("perplexity"), run_stage, TEXTS)
+    for name, text in (("validation", TEXTS[0] + TEXTS[3]), ("test", TEXTS[3] + TEXTS[1])):
+        (pipeline.root / "data" / f"{name}.json").write_text(json.dumps([{"text": text}]))
+    return pipeline
+
+
+def text_flags(pipeline: Pipeline, save_dir: Path, *flags: object) -> list[object]:
+    given = pipeline.eval_flags(save_dir, "--perplexity_window", 60, *flags)
+    at = given.index("--prompt_file")
+    return given[:at] + given[at + 2 :]
+
+
+def test_the_command_fits_a_map_and_evaluates_every_setting(made, run_stage, tmp_path, capsys):
+    data = made.root / "data"
+    files = ("--fit_acceptance", data / "validation.json", "--perplexity_file", data / "test.json")
+    run_stage(
+        "eval.py",
+        *text_flags(made, tmp_path, *files, "--sweep_similarity_threshold", 0.5, 1, "--acceptance", "bernoulli"),
+    )
+    shown = capsys.readouterr().out
+    assert "fitted map" in shown
+    assert "base LM" in shown
+    report = json.loads((tmp_path / "perplexity.json").read_text())
+    assert set(report["cdlm"]) == {"0.5", "1.0", "constant", "fitted"}
+    assert report["cdlm"]["1.0"]["nll"] == pytest.approx(report["base"]["nll"], abs=1e-9)
+    origin = json.loads((tmp_path / "acceptance_map.json").read_text())["origin"]
+    assert origin["log_likelihood_fitted"] >= origin["log_likelihood_constant"] - 1e-6
+    # A later command takes the saved map, to generate too.
+    again = ("--acceptance_map", tmp_path / "acceptance_map.json", "--perplexity_file", data / "test.json")
+    run_stage("eval.py", *text_flags(made, tmp_path / "again", *again))
+    later = json.loads((tmp_path / "again" / "perplexity.json").read_text())
+    assert later["cdlm"]["fitted"] == report["cdlm"]["fitted"]
+    generate = (
+        "--acceptance_map",
+        tmp_path / "acceptance_map.json",
+        "--acceptance",
+        "bernoulli",
+        "--max_new_tokens",
+        4,
+    )
+    run_stage("eval.py", *made.eval_flags(tmp_path / "generated", *generate))
+
+
+def test_the_base_lm_alone_needs_no_datastore(made, run_stage, tmp_path):
+    flags = ("--gen_baseline_only", "--perplexity_file", made.root / "data" / "test.json", "--save_dir", tmp_path)
+    run_stage("eval.py", "--model_path", made.model, *flags, "--perplexity_window", 60, "--device", "cpu")
+    report = json.loads((tmp_path / "perplexity.json").read_text())
+    assert report["cdlm"] == {}
+    assert report["base"]["perplexity"] > 1
+
+
+def test_a_map_is_never_tested_on_the_text_it_was_fitted_to(made, refusal, tmp_path):
+    data = made.root / "data"
+    shutil.copy(data / "test.json", tmp_path / "copy.json")
+    files = ("--fit_acceptance", data / "test.json", "--perplexity_file", tmp_path / "copy.json")
+    assert "fitted to this text" in refusal("eval.py", *text_flags(made, tmp_path, *files))
+
+
+REFUSED = {
+    "nothing to do": ((), "needs --prompt_file"),
+    "file missing": (("--perplexity_file", "none.json"), "none.json: does not exist"),
+    "window of one": (("--perplexity_file", "{data}/test.json", "--perplexity_window", 1), "at least 2"),
+    "no map": (("--perplexity_file", "{data}/test.json", "--acceptance_map", "{data}/test.json"), "acceptance map"),
+    "two maps": (("--fit_acceptance", "{data}/test.json", "--acceptance_map", "x"), "takes the place"),
+    "q_max 1": (("--perplexity_file", "{data}/test.json", "--q_max", 1), r"in (0, 1)"),
+    "corpus of nothing": (("--perplexity_file", "{data}/test.json", "--save_as_corpus", "x"), "--prompt_file"),
+}
+
+
+@pytest.mark.parametrize("row", REFUSED)
+def test_unusable_input_is_refused_in_one_sentence(made, refusal, tmp_path, row):
+    flags, message = REFUSED[row]
+    filled = [str(flag).format(data=made.root / "data") for flag in flags]
+    assert message in refusal("eval.py", *text_flags(made, tmp_path, *filled))
+
+
+def test_answers_become_a_corpus_that_stage_2_reads(made, run_stage, tmp_path):
+    flags = ("--gen_baseline_only", "--prompt_file", made.root / "prompts.json", "--save_dir", tmp_path / "answers")
+    corpus = ("--num_return_sequences", 5, "--save_as_corpus", tmp_path / "corpus", "--max_new_tokens", 30)
+    run_stage("eval.py", "--model_path", made.model, *flags, *corpus, "--device", "cpu")
+    entries = json.loads((tmp_path / "corpus" / "train.json").read_text(encoding="utf-8"))
+    prompts = json.loads((made.root / "prompts.json").read_text(encoding="utf-8"))
+    assert len(entries) == 20
+    for i, entry in enumerate(entries):
+        assert entry["text"].startswith(prompts[i // 5])
+    assert len({entry["text"] for entry in entries}) == 20
+    extract = ("--data_dir", tmp_path / "corpus", "--output_dir", tmp_path / "extracted", "--partition", "train")
+    sizes = ("--chunk_size", 64, "--stride", 48, "--min_length", 10, "--device", "cpu")
+    run_stage("extract_token_probs_and_memmap.py", "--model_path", made.model, *extract, *sizes)
+    assert len(list((tmp_path / "extracted" / "train").glob("token_probs_*.json"))) >= 20
