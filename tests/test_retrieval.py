@@ -7,7 +7,7 @@ from utils.acceptance import Acceptance
 
 def test_g_has_its_knots_where_the_paper_puts_them():
     acceptance = Acceptance(0.75, q_max=0.9)
-    got = acceptance.probability(np.array([-1.0, 0.5, 0.625, 0.75, 0.95, 1.0]))
+    got = acceptance.map(np.array([-1.0, 0.5, 0.625, 0.75, 0.95, 1.0]))
     assert np.allclose(got, [0, 0, 0.25, 0.5, 0.9, 0.9])
 
 

@@ -68,14 +68,18 @@ class TokenTrie:
         """The token ids of a row's chunk, the entry token not among them."""
         return self.chunk_ids[self.chunk_offsets[row] : self.chunk_offsets[row + 1]].tolist()
 
+    def chunk_lengths(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows),) int64."""
+        return np.asarray(self.chunk_offsets[rows + 1] - self.chunk_offsets[rows])
+
     def rows_beginning_with(self, token_id: int) -> slice:
         """The rows whose chunk begins with a token: one range, since they are prefix-sorted."""
         first, last = np.searchsorted(self._first_ids, [token_id, token_id + 1])
         return slice(int(first), int(last))
 
-    def continuations(self, rows: np.ndarray, n_tokens: int) -> np.ndarray:
-        """(len(rows), n_tokens) token ids after the first of each chunk, -1 where it has ended."""
-        starts, ends = self.chunk_offsets[rows] + 1, self.chunk_offsets[rows + 1]
+    def continuations(self, rows: np.ndarray, n_tokens: int, first: int = 1) -> np.ndarray:
+        """(len(rows), n_tokens) token ids of each chunk from its `first` on, -1 where it has ended."""
+        starts, ends = self.chunk_offsets[rows] + first, self.chunk_offsets[rows + 1]
         places = starts[:, None] + np.arange(n_tokens)
         inside = places < ends[:, None]
         return np.where(inside, self.chunk_ids[np.minimum(places, len(self.chunk_ids) - 1)], -1)

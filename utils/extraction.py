@@ -124,7 +124,7 @@ class WindowWriter:
         texts = self._texts_of(token_ids)
         probabilities = probabilities_of(scores.log_probs)
         for row, window in enumerate(windows.tolist()):
-            _require_sound(window, row, scores)
+            require_sound(window, row, scores)
             if scores.hidden_states is not None:
                 write_hidden_states(self._folder, window, scores.hidden_states[row])
             write_token_probs(self._folder, window, token_ids[row], probabilities[row], texts[row].tolist())
@@ -140,7 +140,7 @@ class WindowWriter:
         return self._texts[token_ids]
 
 
-def _require_sound(window: int, row: int, scores: WindowScores) -> None:
+def require_sound(window: int, row: int, scores: WindowScores) -> None:
     if not scores.is_finite[row] or np.isnan(scores.log_probs[row]).any():
         raise InputError(f"window {window}: the model computed NaN or infinity; use another --dtype, such as float32")
     if scores.hidden_states is not None and not np.isfinite(scores.hidden_states[row]).all():
