@@ -201,6 +201,30 @@ def test_live_places_draft_what_followed_the_same_pair_before():
     assert sequence_only.draft(1, [1, 2], vectors[0], 5) == NOTHING
 
 
+def test_a_vote_counts_less_the_further_ahead_it_looks():
+    table, weights, decay = np.array([[1, 2, 3], [4, 5, 6]]), np.array([3.0, 1.0]), np.array([0.5, 1.0])
+    tree = vote_tree(table, weights, 4, decay)
+    # Shares 3/4, 3/8, 3/16 of the first row and 1/4 at each token of the second.
+    assert (tree.token_ids, tree.parents) == ([1, 4, 2, 5], [-1, -1, 0, 1])
+    assert np.allclose(tree.shares, [0.75, 0.25, 0.375, 0.25])
+    line = vote_line(table, weights, 2, decay)
+    assert (line.token_ids, line.parents) == ([1, 2], [-1, 0])
+    assert np.allclose(line.shares, [0.75, 0.375])
+
+
+def test_where_the_last_two_tokens_are_new_together_the_last_one_alone_drafts():
+    vector = np.eye(1, 8)[0]
+    store = Datastore.of([trie(1, [(vector, [2, 3])]), trie(2, [(vector, [7, 8]), (vector, [7, 9])])], 8)
+    drafter = RetrievalDrafter(store, DraftSettings(live="sequence"))
+    tree = drafter.draft(0, [5, 2], torch.ones(8), 5)
+    assert (tree.token_ids, tree.parents) == ([7, 8, 9], [-1, 0, 0])
+    assert np.allclose(tree.shares, [1, 0.3, 0.3])
+    # Both know something: each source half of the votes.
+    both = drafter.draft(0, [1, 2], torch.ones(8), 1)
+    assert (both.token_ids, both.parents) == ([3, 7], [-1, -1])
+    assert np.allclose(both.shares, [0.5, 0.5])
+
+
 def test_draft_counts_tell_how_far_drafts_reached_and_were_accepted():
     lm = tiny_lm("llama")
     plain = tokens(run(lm, [PROMPTS[0]], 10))[0]
