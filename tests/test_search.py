@@ -252,10 +252,11 @@ def state(index: VectorIndex) -> Way:
 @pytest.mark.parametrize(
     ("n", "d", "after_few", "after_many"),
     [
-        (2047, 128, "product", "product"),  # 128 numbers short of the threshold
-        (2048, 128, "half", "bounded"),
-        (2049, 128, "half", "bounded"),
-        (2100, 127, "half", "half"),  # too few dimensions for bounds
+        (1535, 128, "product", "product"),  # 128 numbers short of the threshold
+        (1536, 128, "half", "bounded"),
+        (1537, 128, "half", "bounded"),
+        (1600, 127, "half", "half"),  # too few dimensions for bounds
+        (8191, 128, "half", "bounded"),
         (8192, 128, "half", "bounded"),
     ],
 )
@@ -317,6 +318,20 @@ def test_the_error_of_a_half_product_is_near_its_bound_and_never_above() -> None
     assert index._half is not None
     error = float((row[0].double() ** 2).sum()) - float(torch.mv(index._half, row[0].half())[0])
     assert 0.6 * index._half_error < error <= index._half_error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bounds_are_never_below_what_they_bound(kind: str) -> None:
+    for n, d in ((1, 9), (50, 64), (200, 100)):
+        rows = unit(KINDS[kind](n, d, 4))
+        index = VectorIndex(rows, "bounded")
+        assert index._columns is not None
+        directions = index._directions
+        assert torch.allclose(directions @ directions.T, torch.eye(len(directions)).double(), rtol=0, atol=1e-13)
+        # Most of them inside what the directions span, where the length of the rest is all rounding.
+        queries = torch.nn.functional.normalize(torch.cat([rows, noise(20, d, 5)]).double(), dim=1)
+        bounds = index._along_directions(queries) @ index._columns.T
+        assert bool((bounds.double() + index._bounds_error >= queries @ rows.double().T).all())
 
 
 def test_a_half_product_that_is_rounded_on_the_way_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

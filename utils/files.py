@@ -280,7 +280,7 @@ class Manifest:
     inputs: dict[str, Any]
     complete: bool = False
     results: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    versions: dict[str, str] = field(default_factory=lambda: package_versions())
 
 
 def begin_stage(path: Path, stage: str, arguments: dict[str, Any], inputs: dict[str, Any]) -> Manifest:
@@ -341,7 +341,8 @@ def _save(path: Path, manifest: Manifest) -> None:
     write_json(path, asdict(manifest), indent=2)
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Python's version and those of the packages that results depend on, where they are installed."""
     found = {"python": python_version()}
     for package in PACKAGES:
         try:

@@ -26,8 +26,8 @@ Way = Literal["product", "half", "bounded"]
 
 # From how many numbers (rows x dimensions) on a way is faster than the product, with the caches cold as a forward pass
 # leaves them (benchmarks/retrieval.py; benchmarks/README.md has the figures).
-HALF_FROM_NUMBERS = 2**18
-BOUNDED_FROM_NUMBERS = 2**18
+HALF_FROM_NUMBERS = 3 * 2**16
+BOUNDED_FROM_NUMBERS = 3 * 2**16
 BOUNDED_FROM_DIMENSIONS = 128  # with fewer, the bounds take as much to read as the rows
 # The float16 copy takes as long as 2 to 5 products, the bounds as long as 8 to 16 from some 10,000 rows on, 40 to 90
 # below. Each is made at the search by which it would have paid for itself: a trie that is asked a few times pays for
@@ -335,9 +335,22 @@ def _main_directions(rows: Tensor) -> Tensor:
     """(up to 63, D) float64 orthonormal directions that take much of the rows' length: subspace iteration on some."""
     step = max(1, len(rows) // SAMPLE_ROWS)
     sample = rows[::step][:SAMPLE_ROWS]
-    found = sample[:: max(1, len(sample) // DIMENSIONS)][:DIMENSIONS].T
-    found = torch.linalg.qr(sample.T @ (sample @ found))[0]
-    return torch.linalg.qr((sample.T @ (sample @ found)).double())[0].T.contiguous()
+    found = _orthonormal(sample[:: max(1, len(sample) // DIMENSIONS)][:DIMENSIONS].T.double())
+    for _ in range(2):
+        found = _orthonormal((sample.T @ (sample @ found.float())).double())
+    return found.T.contiguous()
+
+
+def _orthonormal(vectors: Tensor) -> Tensor:
+    """(D, up to K) orthonormal columns that span those given (D, K) float64, but for what is hardly there.
+
+    By the products of the columns alone: torch's QR took up to 0.4 s for 256 x 63 where another process had a core.
+    """
+    for _ in range(2):  # the first time to within 0.01, the second to within 1e-14
+        squares, turned = torch.linalg.eigh(vectors.T @ vectors)
+        is_there = squares > 1e-12 * squares.amax(dim=0) if len(squares) else squares > 0
+        vectors = vectors @ (turned[:, is_there] / squares[is_there].sqrt())
+    return vectors
 
 
 def _converts_halves_fast() -> bool:
