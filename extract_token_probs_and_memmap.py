@@ -1,9 +1,10 @@
 """Stage 2: record the probability and the hidden state that a language model gives to each token of a text.
 
-Reads   DATA_DIR/{partition}.json                             [{"text": str}, ...]
+Reads   DATA_DIR/{partition}.json                             [{"text": str, "spans"?: [[start, end], ...]}, ...]
 Writes  OUTPUT_DIR/{partition}/token_probs_{i}.json           [[token text, probability, chunk id, position, token id], ...]
         OUTPUT_DIR/{partition}/hidden_states_{i}.npy          (tokens, hidden size), with --save_hidden_states
         OUTPUT_DIR/{partition}.dat, .h5, _index_to_seqlen.json, _index_to_acc_index.json    with --construct_memmap
+        OUTPUT_DIR/{partition}_expert_spans.json              [[window, first token, end, span], ...], where spans are marked
         OUTPUT_DIR/{partition}_manifest.json                  what all this was made from
 Run     python extract_token_probs_and_memmap.py --model_path gpt2 --data_dir data --output_dir out --partition train \\
             --save_hidden_states --construct_memmap
@@ -20,6 +21,7 @@ import numpy as np
 
 from utils.cli import Parser, add_model, boolean, plain_name, positive_int, run_script
 from utils.corpora import Passage, read_passages, split_path
+from utils.expert_spans import N_SPANS, write_expert_spans
 from utils.extraction_output import (
     Wanted,
     keeps_hidden_states,
@@ -45,7 +47,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--partition", type=plain_name, required=True, help="split to read, such as train")
     parser.add_argument("--chunk_size", type=positive_int, default=512, help="most tokens of a window")
     parser.add_argument("--stride", type=positive_int, default=448, help="tokens from a window's start to the next's")
-    parser.add_argument("--min_length", type=positive_int, default=64, help="shorter passages are left out, in tokens")
+    parser.add_argument(
+        "--min_length",
+        type=positive_int,
+        default=64,
+        help="shorter passages are left out, in tokens; 1 keeps all, as short texts with expert spans need",
+    )
     parser.add_argument("--batch_size", type=positive_int, default=8, help="windows of one forward pass")
     parser.add_argument("--save_hidden_states", action="store_true", help="write a .npy of hidden states per window")
     parser.add_argument(
@@ -133,6 +140,10 @@ class Job:
         """The results of a run that finished here; empty where none has."""
         return self.begin().results if require_manifest(self.manifest_path, self.files) else {}
 
+    def mark(self, plan: WindowPlan) -> dict[str, Any]:
+        """Write which tokens are in expert spans; returns what the results say of them."""
+        return write_expert_spans(self.files.folder, plan.expert_spans) | {"n_short_spans": plan.n_short_spans}
+
     def finish(self, results: dict[str, Any], discarded: bool = False) -> dict[str, Any]:
         """Note in the manifest which outputs are whole; returns the results with that."""
         outputs = whole_outputs(self.files, results, self.wanted)
@@ -158,14 +169,15 @@ def extract_missing(
         raise InputError(f"{job.manifest_path}: {got}; use another folder or delete the output")
     to_do = windows_to_do(job.files, plan.n_windows, earlier, job.wanted)
     if earlier and not to_do.any():
-        return earlier, ""
+        return earlier | job.mark(plan), ""
     lm = load_lm(args.model_path, args.device, args.dtype, args.cache_dir)
     job.begin()  # only now, so that a text or a model that cannot be used leaves no manifest behind
+    marked = job.mark(plan)
     batches = [windows for windows in plan_batches(plan.lengths, args.batch_size) if to_do[windows].any()]
     hidden_dtype = job.wanted.dtype if keeps_hidden_states(job.files, earlier, job.wanted) else None
     found = extract(lm, tokenizer, plan, job.files.folder, batches, hidden_dtype)
     rate = f", {found.n_computed / found.seconds:,.0f} tokens/s ({str(lm.dtype).removeprefix('torch.')} on {lm.device})"
-    return job.finish(found.results(lm, plan)), rate if found.n_computed else ""
+    return job.finish(found.results(lm, plan) | marked), rate if found.n_computed else ""
 
 
 def report(args: argparse.Namespace, results: dict[str, Any], speed: str) -> None:
@@ -173,6 +185,8 @@ def report(args: argparse.Namespace, results: dict[str, Any], speed: str) -> Non
     perplexity = f", perplexity {results['perplexity']:.3f}" if results["perplexity"] else ""
     counts = f"{results['n_windows']:,} windows, {results['n_tokens']:,} tokens"
     print(f"{args.partition}: {results['n_passages']:,} passages{short}, {counts}{perplexity}{speed}")
+    if results[N_SPANS] or results["n_short_spans"]:
+        print(f"expert spans: {results[N_SPANS]:,} marked, {results['n_short_spans']:,} left out with short passages")
     folder = args.output_dir / args.partition
     names = {
         "token_probs": f"{folder}/token_probs_*.json",

@@ -28,6 +28,7 @@ data_flags=()     # stage 1
 cache_flags=()    # stages 1, 2, 3 and 5
 model_flags=()    # stages 2 and 5
 window_flags=()   # stage 2
+chunk_source=     # stage 3
 chunk_flags=()    # stage 3
 trie_flags=()     # stage 4
 eval_flags=()     # stage 5
@@ -47,6 +48,7 @@ Text
   --input_files PATH...      your own txt, jsonl, json or parquet files, or folders of them
   --text_column NAME         column of --input_files that holds the text (default: text)
   --max_passages N           of each split, the first N passages (default: all)
+  --validation_fraction F, --test_fraction F          of --input_files, kept out of train (default: stage 1's own)
   --partition NAME           split that the chunks come from (default: $partition)
 Models (folders or Hugging Face hub names, with the same tokenizer)
   --model_gen PATH           generates, its hidden states index the chunks (default: --model_ds)
@@ -56,6 +58,7 @@ Models (folders or Hugging Face hub names, with the same tokenizer)
   --cache_dir DIR            for what the Hugging Face hub sends (default: the hub's own)
 Datastore
   --tok_prob_threshold γ     in [0, 1): a token that --model_ds gave more belongs to a chunk (default: $tok_prob_threshold)
+  --chunk_source NAME        probability; expert: spans marked in the text, of any length; or both (default: probability)
   --chunk_size N, --stride N, --min_length N          windows of stage 2, in tokens (default: its own)
   --max_chunk_length N, --skip_first_tokens N         chunks of stage 3, in tokens (default: its own)
   --max_workers N            processes of stage 4 (default: its own)
@@ -107,11 +110,12 @@ parse_flags() {
         --max_new_tokens) max_new_tokens=$value ;;
         --output_dir) output_dir=$value ;;
         --prompt_file) prompt_file=$value ;;
-        --text_column | --max_passages) data_flags+=("$1" "$value") ;;
+        --text_column | --max_passages | --validation_fraction | --test_fraction) data_flags+=("$1" "$value") ;;
         --cache_dir) cache_flags=("$1" "$value") ;;
         --device | --dtype) model_flags+=("$1" "$value") ;;
         --chunk_size | --stride | --min_length) window_flags+=("$1" "$value") ;;
         --max_chunk_length | --skip_first_tokens) chunk_flags+=("$1" "$value") ;;
+        --chunk_source) chunk_source=$value ;;
         --max_workers) trie_flags+=("$1" "$value") ;;
         --prompt_template | --acceptance | --top_k | --top_p | --seed) eval_flags+=("$1" "$value") ;;
         --input_files) ;;
@@ -137,6 +141,12 @@ fill_in() {
     if ((${#input_files[@]})); then
         dataset=${dataset:-local}
         data_flags+=(--input_files "${input_files[@]}")
+    fi
+    if [[ -n $chunk_source ]]; then
+        chunk_flags+=(--chunk_source "$chunk_source")
+    fi
+    if [[ $chunk_source == expert || $chunk_source == both ]]; then
+        window_flags=(--min_length 1 "${window_flags[@]}")    # one that was given comes later and counts
     fi
     dataset=${dataset:-python-docs}
     model_gen=${model_gen:-${model_ds:-${here}examples/models/large}}

@@ -1,6 +1,7 @@
-"""Stage 3: cut the runs of tokens that the LM was sure of out of a text, as token tries.
+"""Stage 3: cut the runs of tokens that the LM was sure of, or that an expert marked, out of a text, as token tries.
 
 Reads   TOKEN_PROB_DIR/token_probs_{i}.json    what stage 2 wrote for one partition, and its manifest beside that folder
+        {partition}_expert_spans.json          beside that folder too, with --chunk_source expert and both
 Writes  OUTPUT_DIR/{model_ds}_{dataset}_{partition}_token_prob_list.json            one window a line
         OUTPUT_DIR/{model_ds}_{dataset}_{partition}_all_phrases_{γ}.json            [[entry, c1, …], …], not cut
         OUTPUT_DIR/{model_ds}_{dataset}_{partition}_all_filtered_tok_probs_{γ}.json the same as rows of token_probs
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from utils.chunk_lists import ChunkListPaths, ChunkRule, Corpus, write_chunk_lists
 from utils.cli import Parser, add_cache_dir, add_datastore_labels, non_negative_int, run_script
+from utils.expert_spans import FINGERPRINT, SOURCES, read_expert_spans
 from utils.files import InputError, Manifest, begin_stage, finish_stage, make_folder, require_folder, sole_writer
 from utils.token_probs import read_extraction, windows_with_token_probs
 from utils.token_trie import MANIFEST, STAGE, entry_token_ids, require_no_strays, trie_folder_path, write_tries
@@ -40,12 +42,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_cache_dir(parser)
     add_datastore_labels(parser, "--dataset_name")
     parser.add_argument(
+        "--chunk_source",
+        choices=SOURCES,
+        default="probability",
+        help="a token belongs to a chunk where its probability is above γ, where it lies in an expert span (each span a "
+        "chunk of its own, γ only names the folder), or where either holds",
+    )
+    parser.add_argument(
         "--max_chunk_length", type=non_negative_int, default=64, help="tokens at which a chunk is cut; 0: not cut"
     )
     parser.add_argument(
         "--skip_first_tokens",
         type=non_negative_int,
-        help="tokens of each window that are context only (default: stage 2's --chunk_size less its --stride)",
+        help="tokens of each window that are context only, expert spans in them included (default: stage 2's --chunk_size "
+        "less its --stride; 0 with --chunk_source expert and both, so that short texts lose no span)",
     )
     return parser.parse_args(argv)
 
@@ -53,12 +63,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     token_prob_dir, extraction = find_token_probs(args.token_prob_dir, args.partition)
+    expert_spans = None
+    if args.chunk_source != "probability":
+        expert_spans = read_expert_spans(token_prob_dir, extraction.results)
     if args.skip_first_tokens is None:
-        args.skip_first_tokens = extraction.arguments["chunk_size"] - extraction.arguments["stride"]
+        overlap = extraction.arguments["chunk_size"] - extraction.arguments["stride"]
+        args.skip_first_tokens = overlap if expert_spans is None else 0
     n_token_ids = check_tokenizer(args, extraction)
-    corpus = Corpus(
-        token_prob_dir, extraction.results["n_windows"], extraction.results["windows_fingerprint"], n_token_ids
-    )
+    n_windows, fingerprint = (extraction.results[name] for name in ("n_windows", "windows_fingerprint"))
+    corpus = Corpus(token_prob_dir, n_windows, fingerprint, n_token_ids, expert_spans)
     make_folder(args.output_dir)
     with sole_writer(args.output_dir, "token_tries"):
         run(args, corpus, extraction)
@@ -104,18 +117,22 @@ def run(args: argparse.Namespace, corpus: Corpus, extraction: Manifest) -> None:
     arguments, inputs = provenance(args, extraction)
     manifest = begin_stage(folder / MANIFEST, STAGE, arguments, inputs)
     # What the lists depend on: they are shared by datastores that differ in the rest.
-    shared = {name: arguments[name] for name in ("dataset_name", "model_ds", "partition", "skip_first_tokens")}
+    names = ("dataset_name", "model_ds", "partition", "skip_first_tokens", "chunk_source")
+    shared = {name: arguments[name] for name in names}
     lists_manifest = begin_stage(lists.manifest, STAGE, shared, inputs)
     is_whole = manifest.complete and len(entry_token_ids(folder)) == manifest.results.get("entry_tokens")
     if is_whole and all(path.exists() for path in lists.lists):
         print(f"Nothing to do: {summary(folder, manifest)}")
         return
-    rule = ChunkRule(args.tok_prob_threshold, args.skip_first_tokens, args.max_chunk_length)
+    rule = ChunkRule(args.tok_prob_threshold, args.skip_first_tokens, args.max_chunk_length, args.chunk_source)
     rows = write_chunk_lists(corpus, rule, lists, partial(tqdm, desc="finding chunks", unit="window"))
     counts = {"windows": corpus.n_windows, "tokens": len(rows.token_ids)}
     finish_stage(lists.manifest, lists_manifest, counts)
     n_entry_tokens = write_tries(folder, rows, partial(tqdm, desc="writing token tries", unit="trie"))
     counts |= {"entry_tokens": n_entry_tokens, "rows": len(rows), "plateaus": len(rows.plateaus)}
+    if corpus.expert_spans is not None:
+        n_in_chunks = corpus.expert_spans.n_spans_at(rows.windows, rows.positions + 1)
+        counts |= {"expert_spans": corpus.expert_spans.n_spans, "expert_spans_in_chunks": n_in_chunks}
     finish_stage(folder / MANIFEST, manifest, counts)
     print(summary(folder, manifest))
 
@@ -123,22 +140,32 @@ def run(args: argparse.Namespace, corpus: Corpus, extraction: Manifest) -> None:
 def provenance(args: argparse.Namespace, extraction: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments and the inputs that decide the output's bytes."""
     names = ("dataset_name", "model_ds", "model_gen", "partition", "tok_prob_threshold")
-    arguments = {name: getattr(args, name) for name in (*names, "max_chunk_length", "skip_first_tokens")}
+    arguments = {
+        name: getattr(args, name) for name in (*names, "max_chunk_length", "skip_first_tokens", "chunk_source")
+    }
     inputs = {
         "windows_fingerprint": extraction.results["windows_fingerprint"],
         "tokenizer": extraction.inputs["tokenizer"],
         "model_ds": extraction.inputs["model"],
         "extraction": extraction.arguments,
     }
+    if args.chunk_source != "probability":
+        inputs["expert_spans"] = extraction.results[FINGERPRINT]
     return arguments, inputs
 
 
 def summary(folder: Path, manifest: Manifest) -> str:
     counts = manifest.results
-    if not counts["rows"]:
-        return f"{folder}: the datastore is empty, no token of {counts['tokens']:,} is above the threshold"
     found = f"{counts['rows']:,} chunks of {counts['plateaus']:,} plateaus in {counts['tokens']:,} tokens"
-    return f"{folder}: {counts['entry_tokens']:,} token tries, {found}"
+    shown = f"{folder}: {counts['entry_tokens']:,} token tries, {found}"
+    if not counts["rows"]:
+        shown = (
+            f"{folder}: the datastore is empty, no token of {counts['tokens']:,} is above the threshold or in a span"
+        )
+    if missing := counts.get("expert_spans", 0) - counts.get("expert_spans_in_chunks", 0):
+        reason = "they lie in the tokens skipped, or begin a window, where no token stands before them"
+        shown += f"\n{missing:,} of {counts['expert_spans']:,} expert spans gave no chunk: {reason}"
+    return shown
 
 
 if __name__ == "__main__":

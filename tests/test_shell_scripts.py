@@ -148,6 +148,18 @@ def test_distillation_reads_the_text_with_both_models(checkout: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("no_failure")
+@pytest.mark.parametrize(("flags", "min_lengths"), [((), ["1"]), (("--min_length", "9"), ["1", "9"])])
+def test_expert_spans_of_short_texts_are_kept(checkout: Path, flags: tuple[str, ...], min_lengths: list[str]) -> None:
+    flags = ("--input_files", "x.jsonl", "--test_fraction", "0", "--chunk_source", "expert", *flags)
+    done = pipeline(*flags, folder=checkout, script=checkout / "run_pipeline.sh")
+    assert done.returncode == 0, done.stderr
+    text, extraction, chunks, *_ = commands(checkout)
+    assert "--test_fraction 0" in text
+    assert [words.split()[0] for words in extraction.split("--min_length ")[1:]] == min_lengths  # the last one counts
+    assert "--chunk_source expert" in chunks
+
+
+@pytest.mark.usefixtures("no_failure")
 def test_own_files_get_prompts_cut_from_their_test_split(checkout: Path, tmp_path: Path) -> None:
     done = pipeline("--input_files", "a b.txt", "c.txt", "--chat", folder=tmp_path, script=checkout / "run_pipeline.sh")
     assert done.returncode == 0, done.stderr

@@ -133,7 +133,7 @@ def test_the_text_is_streamed(gpt2_folder: Path, tmp_path: Path, monkeypatch: py
 
     plan = plan_windows(passages(), tokenizer, WindowShape(20, 15, 12), tmp_path)
     assert plan.n_passages == 200
-    assert most <= 3
+    assert most <= 2 * 5 + 1  # five make up the 2000 characters that are tokenised together
 
 
 def test_batches_hold_equally_long_windows_in_the_order_of_the_text() -> None:

@@ -6,7 +6,7 @@
                                             row for row: [[token_text, probability, chunk_id, position, token_id], …]
     {model_ds}_{dataset}_{partition}_manifest.json
 
-A plateau is a maximal run above γ with its entry token, not cut by any bound. The lists know nothing of `model_gen`:
+A plateau is a maximal run above γ, or a marked span, with its entry token, not cut by any bound. The lists know nothing of `model_gen`:
 datastores of one text that differ in it, or in γ, share what is the same.
 """
 
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from utils.chunks import ChunkRows, concatenate_rows, find_chunks
+from utils.expert_spans import ExpertSpans
 from utils.files import InputError, JsonText, json_list_writer
 from utils.token_probs import read_token_probs_and_json
 from utils.token_trie import in_name
@@ -81,6 +82,7 @@ class ChunkRule:
     tok_prob_threshold: float
     skip_first_tokens: int
     max_chunk_length: int
+    source: str = "probability"  # or expert: the marked spans alone; or both
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Corpus:
     n_windows: int
     windows_fingerprint: str
     n_token_ids: int  # the tokenizer's ids lie below
+    expert_spans: ExpertSpans | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def write_chunk_lists(
             _skip if path.exists() else stack.enter_context(json_list_writer(path)) for path in paths.lists
         )
         for batch in _batches(corpus, progress, write_window):
-            rows = _find_in(batch, rule)
+            rows = _find_in(batch, rule, corpus.expert_spans)
             if (write_ids, write_rows) != (_skip, _skip):
                 _write_plateaus(batch, rows, write_ids, write_rows)
             parts.append(rows)
@@ -162,15 +165,20 @@ def _require_known(corpus: Corpus, window: int, token_ids: np.ndarray) -> None:
         raise InputError(f"{corpus.token_prob_dir}: {got}; give the tokenizer of stage 2 as --model_name")
 
 
-def _find_in(batch: _Batch, rule: ChunkRule) -> ChunkRows:
+def _find_in(batch: _Batch, rule: ChunkRule, expert_spans: ExpertSpans | None) -> ChunkRows:
+    lengths, spans = np.array(batch.lengths), None
+    if rule.source != "probability":
+        assert expert_spans is not None
+        spans = expert_spans.of_tokens(batch.first_window, lengths)
     return find_chunks(
         batch.token_ids,
-        batch.probabilities,
-        np.array(batch.lengths),
+        np.zeros(len(batch.token_ids)) if rule.source == "expert" else batch.probabilities,
+        lengths,
         tok_prob_threshold=rule.tok_prob_threshold,
         skip_first_tokens=rule.skip_first_tokens,
         max_chunk_length=rule.max_chunk_length,
         first_window=batch.first_window,
+        spans=spans,
     )
 
 

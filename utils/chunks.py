@@ -1,7 +1,7 @@
 """Chunks: the runs of tokens that the LM was sure of, as rows of (entry token, chunk, where it stands).
 
 Where `p[j + 1] > γ` in a window, position j is an entry token and its chunk is the run of tokens above γ that follows
-it. One row for each such position gives every maximal run with the token before it (a plateau) and all its suffixes.
+it. Tokens that an expert marked form runs too, one for each marked span. One row for each such position gives every maximal run with the token before it (a plateau) and all its suffixes.
 Everything here is arrays over a whole corpus at once: rows index into one flat array of token ids.
 """
 
@@ -19,7 +19,7 @@ class ChunkRows:
     windows: np.ndarray  # (N,) int32
     positions: np.ndarray  # (N,) int32, of the entry token in its window: there its context vector is taken
     starts: np.ndarray  # (N,) int64, index in token_ids of the chunk's first token; the entry token is before it
-    run_lengths: np.ndarray  # (N,) int32, tokens from there to the end of the run above γ
+    run_lengths: np.ndarray  # (N,) int32, tokens from there to the end of the run
     max_chunk_length: int  # tokens at which a chunk is cut; 0: not cut
 
     def __len__(self) -> int:
@@ -38,8 +38,8 @@ class ChunkRows:
     @property
     def plateaus(self) -> np.ndarray:
         """Indices, ascending, of the rows that begin a maximal run; the rows up to the next one are its suffixes."""
-        # Two windows' runs never touch in token_ids: a window's first token is in no run.
-        return np.flatnonzero(np.diff(self.starts, prepend=-1) != 1)
+        # Of a run's rows the last one has one token left. Runs may touch: spans do, which are runs of their own.
+        return np.flatnonzero(np.concatenate([[1], self.run_lengths[:-1]])[: len(self)] == 1)
 
 
 def find_chunks(
@@ -51,18 +51,25 @@ def find_chunks(
     skip_first_tokens: int,
     max_chunk_length: int = 0,
     first_window: int = 0,
+    spans: np.ndarray | None = None,
 ) -> ChunkRows:
     """The rows of consecutive windows, the first of them numbered `first_window`.
 
     token_ids (T,) int32 and probabilities (T,) float in [0, 1], the windows one after the other; window_lengths (W,)
     int64, sum T. The first `skip_first_tokens` positions of a window are neither entry nor chunk. The next one can be
-    an entry only, whatever its own probability. max_chunk_length 0: chunks are not cut.
+    an entry only, whatever its own probability. max_chunk_length 0: chunks are not cut. spans (T,) integer: the number
+    of the marked span that a token is in, which makes it a chunk's whatever its probability, or -1; where two spans
+    touch, the second begins a run of its own, with the last token of the first as its entry token.
     """
     window_starts = np.cumsum(window_lengths) - window_lengths
     positions = np.arange(len(token_ids)) - np.repeat(window_starts, window_lengths)  # (T,)
-    in_chunk = (probabilities > tok_prob_threshold) & (positions > skip_first_tokens)
-    starts = np.flatnonzero(in_chunk)  # (N,)
-    run_ends = np.flatnonzero(np.diff(starts, append=-1) != 1)  # the last row of each run
+    is_sure, begins_span = probabilities > tok_prob_threshold, np.zeros(len(token_ids), dtype=bool)
+    if spans is not None:
+        is_sure |= spans >= 0
+        begins_span[1:] = (spans[1:] != spans[:-1]) & (spans[1:] >= 0) & (spans[:-1] >= 0)
+    starts = np.flatnonzero(is_sure & (positions > skip_first_tokens))  # (N,)
+    goes_on = (np.diff(starts, append=-1) == 1) & ~np.append(begins_span[starts[1:]], True)[: len(starts)]
+    run_ends = np.flatnonzero(~goes_on)  # the last row of each run
     rows_of_run = np.diff(run_ends, prepend=-1)
     run_lengths = np.repeat(run_ends, rows_of_run) - np.arange(len(starts)) + 1
     windows = np.repeat(np.arange(first_window, first_window + len(window_lengths)), window_lengths)

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from glob import escape
-from itertools import islice
+from itertools import islice, pairwise
 from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from utils.expert_spans import cuts_character
 from utils.files import InputError, file_fingerprint, iter_json_list, json_list_writer, open_text, require_file
 from utils.python_docs import python_docs
 
@@ -223,6 +224,7 @@ def _no_column(where: str, text_column: str, names: list[str]) -> InputError:
 
 
 def _spans(spans: Any, text: str, where: str) -> list[tuple[int, int]] | None:
+    """An entry's spans in the order of the text; raises InputError where one is none, overlaps or cuts a character."""
     if spans is None:
         return None
     expected = f"expected [start, end] character offsets with 0 <= start < end <= {len(text)}"
@@ -232,7 +234,15 @@ def _spans(spans: Any, text: str, where: str) -> list[tuple[int, int]] | None:
         is_pair = isinstance(span, list) and len(span) == 2 and all(type(offset) is int for offset in span)
         if not is_pair or not 0 <= span[0] < span[1] <= len(text):
             raise InputError(f"{where}: among its 'spans' is {_shown(span)}; {expected}")
-    return [(start, end) for start, end in spans]
+        if cut := next((offset for offset in span if cuts_character(text, offset)), None):
+            character = f"cuts a character in two at {cut} ({_shown(text[cut - 1 : cut + 1])})"
+            raise InputError(f"{where}: among its 'spans' is {_shown(span)}, which {character}; move that border")
+    ordered = sorted((start, end) for start, end in spans)
+    for (first, before), (start, end) in pairwise(ordered):
+        if start < before:
+            overlap = f"[{first}, {before}] and [{start}, {end}], which overlap"
+            raise InputError(f"{where}: among its 'spans' are {overlap}; expected spans that at most touch")
+    return ordered
 
 
 def _shown(value: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.expert_spans import expert_spans_are_written, expert_spans_path
 from utils.files import InputError
 from utils.hidden_states import (
     HiddenStateFiles,
@@ -37,7 +38,7 @@ def require_manifest(manifest_path: Path, files: HiddenStateFiles) -> bool:
 
     Raises InputError where there is output without a manifest: nobody knows what it was made from.
     """
-    singles = (files.dat, files.h5, files.index_to_seqlen, files.index_to_acc_index)
+    singles = [files.dat, files.h5, files.index_to_seqlen, files.index_to_acc_index, expert_spans_path(files.folder)]
     outputs = [path for path in singles if path.exists()]
     if windows_with_token_probs(files.folder) or windows_with_hidden_states(files.folder):
         outputs.append(files.folder)
@@ -53,6 +54,8 @@ def require_manifest(manifest_path: Path, files: HiddenStateFiles) -> bool:
 def output_is_whole(files: HiddenStateFiles, results: dict[str, Any], wanted: Wanted) -> bool:
     """Whether all that is wanted is there and noted; results: a finished run's, empty where none has finished."""
     if not results or windows_to_do(files, results["n_windows"], results, wanted).any():
+        return False
+    if not expert_spans_are_written(files.folder, results):
         return False
     noted = {"token_probs"} | ({"memmap"} if wanted.memmap else set())
     noted |= {"hidden_states"} if keeps_hidden_states(files, results, wanted) else set()

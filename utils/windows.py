@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from utils.expert_spans import ExpertSpans, token_bounds
 from utils.files import InputError
 
 if TYPE_CHECKING:
@@ -58,8 +59,10 @@ class WindowPlan:
     lengths: np.ndarray  # (N,) int64
     n_passages: int  # that have windows
     n_short_passages: int  # left out
+    n_short_spans: int  # marked in them
     largest_id: int
     fingerprint: str  # SHA-256 over each window's length and ids, in order
+    expert_spans: ExpertSpans  # marked in the text
 
     @property
     def n_windows(self) -> int:
@@ -95,17 +98,17 @@ def plan_windows(
     """Tokenise a text and cut it into windows, in memory that holds a few passages and 16 bytes a window.
 
     The ids go to an unnamed file in `folder`, which vanishes with the plan or with the process. n_bytes: the text's
-    size, for the progress bar. Raises InputError where no passage is long enough, or the folder's disk is full.
+    size, for the progress bar. Raises InputError where no passage is long enough, a span touches no token, or the
+    folder's disk is full.
     """
     bar = tqdm(total=n_bytes, desc="tokenising", unit="B", unit_scale=True, disable=n_bytes is None)
     try:
         with bar, tempfile.TemporaryFile(dir=folder) as file:
             draft = _Draft(shape, file)
-            for texts in _grouped(passages):
-                encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-                for token_ids in encoded["input_ids"]:
-                    draft.add(np.array(token_ids, dtype=np.int32))
-                bar.update(sum(map(len, texts)))
+            for group in _grouped(passages):
+                for token_ids, bounds in _tokenized(group, tokenizer, draft.n_seen):
+                    draft.add(np.array(token_ids, dtype=np.int32), bounds)
+                bar.update(sum(len(passage.text) for passage in group))
             bar.update(max((n_bytes or 0) - bar.n, 0))  # what JSON adds to the text, escapes and braces
             return draft.plan()
     except OSError as error:
@@ -122,26 +125,55 @@ class _Draft:
     n_written: int = 0
     n_passages: int = 0
     n_short_passages: int = 0
+    n_short_spans: int = 0
+    n_spans: int = 0
     n_longest: int = 0
     largest_id: int = 0
     starts: array = field(default_factory=lambda: array("q"))
     lengths: array = field(default_factory=lambda: array("q"))
     digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    marked: array = field(default_factory=lambda: array("q"))  # window, first, end and span of each piece in turn
 
-    def add(self, token_ids: np.ndarray) -> None:
+    @property
+    def n_seen(self) -> int:
+        return self.n_passages + self.n_short_passages
+
+    def add(self, token_ids: np.ndarray, span_bounds: np.ndarray) -> None:
+        """token_ids (T,) of a passage; span_bounds (S, 2): first token and end of each marked span."""
         bounds = self.shape.bounds(len(token_ids))
         self.n_longest = max(self.n_longest, len(token_ids))
         if not bounds:
             self.n_short_passages += 1
+            self.n_short_spans += len(span_bounds)
             return
         self.n_passages += 1
         self.largest_id = max(self.largest_id, int(token_ids.max()))
+        self._mark(span_bounds, bounds)
         for start, end in bounds:
             self.digest.update(window_bytes(token_ids[start:end]))
             self.starts.append(self.n_written + start)
             self.lengths.append(end - start)
         self.file.write(token_ids.tobytes())
         self.n_written += len(token_ids)
+        self.n_spans += len(span_bounds)
+
+    def _mark(self, span_bounds: np.ndarray, bounds: list[tuple[int, int]]) -> None:
+        """Note what the next windows, those of a passage, hold of the passage's spans.
+
+        A fact that a window's end cuts short would be a wrong one. So a span is marked in the windows that hold it
+        whole, with the token before it, and only where none does in all that hold a part.
+        """
+        if not len(span_bounds):
+            return
+        firsts, ends = span_bounds.T
+        whole = [((start < firsts) | (firsts == 0)) & (ends <= end) & (start <= firsts) for start, end in bounds]
+        is_whole_somewhere = np.logical_or.reduce(whole)
+        for n, (start, end) in enumerate(bounds):
+            pieces = span_bounds.clip(start, end) - start  # (S, 2)
+            held = np.flatnonzero((pieces[:, 0] < pieces[:, 1]) & (whole[n] | ~is_whole_somewhere))
+            window = np.full(len(held), len(self.starts) + n)
+            rows = np.column_stack([window, pieces[held], self.n_spans + held])
+            self.marked.frombytes(rows.astype(np.int64).tobytes())
 
     def plan(self) -> WindowPlan:
         if not self.starts:
@@ -155,23 +187,47 @@ class _Draft:
             np.array(self.lengths),
             self.n_passages,
             self.n_short_passages,
+            self.n_short_spans,
             self.largest_id,
             self.digest.hexdigest(),
+            ExpertSpans(*np.array(self.marked, dtype=np.int64).reshape(-1, 4).T.copy()),
         )
 
 
-def _grouped(passages: Iterable["Passage"]) -> Iterator[list[str]]:
-    """The passages' texts in order, as many at a time as make up `TOKENIZED_CHARACTERS`."""
-    texts: list[str] = []
+def _grouped(passages: Iterable["Passage"]) -> Iterator[list["Passage"]]:
+    """The passages in order, as many at a time as make up `TOKENIZED_CHARACTERS`."""
+    group: list[Passage] = []
     n_characters = 0
     for passage in passages:
-        texts.append(passage.text)
+        group.append(passage)
         n_characters += len(passage.text)
         if n_characters >= TOKENIZED_CHARACTERS:
-            yield texts
-            texts, n_characters = [], 0
-    if texts:
-        yield texts
+            yield group
+            group, n_characters = [], 0
+    if group:
+        yield group
+
+
+def _tokenized(
+    group: list["Passage"], tokenizer: "PreTrainedTokenizerBase", n_before: int
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """The token ids of each passage and the token bounds (S, 2) of its spans; n_before: passages before the group."""
+    # Offsets only where they are needed: they take as long as the ids.
+    with_offsets = tokenizer.is_fast and any(passage.spans for passage in group)
+    encoded = tokenizer(
+        [passage.text for passage in group],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=with_offsets,
+        verbose=False,
+    )
+    for i, passage in enumerate(group):
+        token_ids, bounds = encoded["input_ids"][i], np.zeros((0, 2), dtype=np.int64)
+        if passage.spans:
+            offsets = encoded["offset_mapping"][i] if with_offsets else None
+            where = f"passage {n_before + i + 1} of the text"
+            bounds = token_bounds(where, passage.text, passage.spans, token_ids, tokenizer, offsets)
+        yield token_ids, bounds
 
 
 def plan_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
