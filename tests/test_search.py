@@ -253,11 +253,11 @@ def state(index: VectorIndex) -> Way:
     ("n", "d", "after_few", "after_many"),
     [
         (1535, 128, "product", "product"),  # 128 numbers short of the threshold
-        (1536, 128, "half", "bounded"),
-        (1537, 128, "half", "bounded"),
-        (1600, 127, "half", "half"),  # too few dimensions for bounds
-        (8191, 128, "half", "bounded"),
+        (1536, 128, "product", "bounded"),
+        (1600, 127, "product", "product"),  # too few dimensions for bounds
+        (8191, 128, "product", "bounded"),
         (8192, 128, "half", "bounded"),
+        (16400, 64, "half", "half"),
     ],
 )
 def test_copies_are_made_once_they_pay_and_the_row_stays_the_true_one(

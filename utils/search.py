@@ -25,8 +25,9 @@ from torch import Tensor
 Way = Literal["product", "half", "bounded"]
 
 # From how many numbers (rows x dimensions) on a way is faster than the product, with the caches cold as a forward pass
-# leaves them (benchmarks/retrieval.py; benchmarks/README.md has the figures).
-HALF_FROM_NUMBERS = 3 * 2**16
+# leaves them (benchmarks/retrieval.py; benchmarks/README.md has the figures). The float16 product is faster from a
+# quarter of this on, but torch gives it several threads, which wait for each other where another process has a core.
+HALF_FROM_NUMBERS = 2**20
 BOUNDED_FROM_NUMBERS = 3 * 2**16
 BOUNDED_FROM_DIMENSIONS = 128  # with fewer, the bounds take as much to read as the rows
 # The float16 copy takes as long as 2 to 5 products, the bounds as long as 8 to 16 from some 10,000 rows on, 40 to 90
@@ -241,7 +242,7 @@ class VectorIndex:
         is_wide = self._rows.shape[1] >= BOUNDED_FROM_DIMENSIONS
         if before < bounded_after <= self._n_searches and is_wide and self._rows.numel() >= BOUNDED_FROM_NUMBERS:
             self._build("bounded")
-        elif before < HALF_AFTER <= self._n_searches and self._rows.numel() >= HALF_FROM_NUMBERS:
+        elif before < HALF_AFTER <= self._n_searches:
             self._build("half")
 
     def _build(self, way: Way) -> None:
@@ -250,8 +251,9 @@ class VectorIndex:
             self._build_bounds()
             return
         # On other processors the copy is slower, and on CUDA it has not been measured.
-        is_fast = self._array is not None and (self._way is not None or _converts_halves_fast())
-        if way == "half" and is_fast and _adds_halves_in_float32(self._rows.shape[1]):
+        pays = self._rows.numel() >= HALF_FROM_NUMBERS and _converts_halves_fast()
+        is_host = self._array is not None
+        if way == "half" and is_host and (pays or self._way) and _adds_halves_in_float32(self._rows.shape[1]):
             self._build_half()
 
     def _build_half(self) -> None:
