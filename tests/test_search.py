@@ -275,8 +275,7 @@ def test_copies_are_made_once_they_pay_and_the_row_stays_the_true_one(
         exact = rows.double() @ query.double()
         assert float(exact[row]) >= float(exact.max()) - SUM_ROUNDING
         seen.append(state(index))
-    middle = bounded_after - 4
-    assert seen == ["product"] * 3 + [after_few] * middle + [after_many] * 2
+    assert seen == ["product"] * 7 + [after_few] * (bounded_after - 8) + [after_many] * 2
 
 
 def test_a_batch_counts_as_many_searches() -> None:

@@ -30,10 +30,10 @@ Way = Literal["product", "half", "bounded"]
 HALF_FROM_NUMBERS = 2**20
 BOUNDED_FROM_NUMBERS = 3 * 2**16
 BOUNDED_FROM_DIMENSIONS = 128  # with fewer, the bounds take as much to read as the rows
-# The float16 copy takes as long as 2 to 5 products, the bounds as long as 8 to 16 from some 10,000 rows on, 40 to 90
-# below. Each is made at the search by which it would have paid for itself: a trie that is asked a few times pays for
-# nothing it does not use, and one that is asked often at most about twice what it had to.
-HALF_AFTER = 4
+# The float16 copy takes as long as some 3 to 15 products, the bounds as long as 15 to 30 from some 10,000 rows on, 35
+# to 70 below. Each is made at the search by which it would have paid for itself: a trie that is asked a few times pays
+# for nothing it does not use, and one that is asked often at most about twice what it had to.
+HALF_AFTER = 8
 MANY_ROWS, BOUNDED_AFTER_MANY, BOUNDED_AFTER_FEW = 8192, 32, 128
 
 DIMENSIONS = 63  # of the bounds, which with the length of the rest makes 64 columns
