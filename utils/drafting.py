@@ -23,7 +23,7 @@ from utils.live_texts import LiveTexts, Places
 # Tokens of texts that are over, which `--live session` keeps: about 256 MB at 1,000 dimensions.
 MAX_SESSION_TOKENS = 65_536
 # What is common after a token: the heaviest nodes of its trie, from rows spread evenly over it, for so many tokens.
-COMMON_NODES, COMMON_ROWS, COMMON_TOKENS = 32, 1024, 4096
+COMMON_NODES, COMMON_ROWS, COMMON_TOKENS = 32, 256, 4096
 
 
 class Source(NamedTuple):
@@ -219,11 +219,12 @@ def vote_tree(table: np.ndarray, weights: np.ndarray, max_tokens: int, decay: np
 
 def vote_line(table: np.ndarray, weights: np.ndarray, max_tokens: int, decay: np.ndarray | None = None) -> DraftTree:
     """The heaviest branch: from the root to the heaviest child, again and again. Arguments as for vote_tree."""
-    at_depth, token_ids, shares = _weights_at_depths(table, weights, decay), [], []
-    follows = np.ones(len(table), dtype=bool)
-    for column, column_weights in zip(table.T[:max_tokens], at_depth.T, strict=False):
-        tokens, inverse = np.unique(column, return_inverse=True)
-        votes = np.bincount(inverse, weights=np.where(follows, column_weights, 0))
+    at_depth = _weights_at_depths(table, weights, decay)
+    token_ids: list[int] = []
+    shares: list[float] = []
+    for depth in range(min(max_tokens, table.shape[1])):
+        tokens, inverse = np.unique(table[:, depth], return_inverse=True)
+        votes = np.bincount(inverse, weights=at_depth[:, depth])
         if tokens[0] == -1:
             votes[0] = 0
         best = int(np.argmax(np.round(votes, 12)))
@@ -231,7 +232,8 @@ def vote_line(table: np.ndarray, weights: np.ndarray, max_tokens: int, decay: np
             break
         token_ids.append(int(tokens[best]))
         shares.append(float(votes[best]))
-        follows &= column == tokens[best]
+        follows = inverse == best
+        table, at_depth = table[follows], at_depth[follows]
     return DraftTree(token_ids, list(range(-1, len(token_ids) - 1)), shares)
 
 

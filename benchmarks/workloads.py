@@ -1,0 +1,218 @@
+"""What `decoding.py` decodes: a model, prompts and datastores, made or found.
+
+`example` is the embedded model on prompts from documents it has not seen, with two datastores of its training text: one
+for chunk mode (γ 0.1) and one for drafts (γ 0, chunks of at most 16 tokens). The others have random weights in the
+shape of a known model: their text means nothing, so they tell about speed alone.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from utils.datastore import Datastore, TokenTrie, open_datastore
+from utils.decoding import Decoding, Request, decode
+from utils.files import InputError, read_finished, read_json, require_folder
+from utils.models import CausalLM, load_lm, load_tokenizer, pick_device
+from utils.prompts import encode_prompts, read_prompts
+from utils.sampling import Sampler
+from utils.token_trie import find_trie_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE_MODEL = ROOT / "examples" / "models" / "large"
+CHUNK_THRESHOLD, DRAFT_THRESHOLD, DRAFT_CHUNK_LENGTH = 0.1, 0.0, 16
+# θ of chunk mode: that of the example's pipeline; for synthetic tries one that nothing reaches, so that every step
+# searches and no text is skipped.
+EXAMPLE_SIMILARITY, UNREACHED_SIMILARITY = 0.9, 0.99999
+PROMPT_TOKENS, CHUNK_TOKENS, FIRST_TOKENS = 64, 16, 8
+# Hidden states that synthetic context vectors lie around, and how far from them, relative to their length.
+N_STATES, NOISE = 512, 0.5
+INDEX_SEARCHES = 200  # more than an index waits before it makes itself faster
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The datastores of one comparison: what chunk mode and what drafts read, and the text they came from."""
+
+    name: str  # empty where there is one comparison only
+    chunks: Datastore
+    drafts: Datastore
+    similarity_threshold: float
+    corpus: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, prompts as token ids and the datastores to decode with."""
+
+    name: str
+    lm: CausalLM
+    prompts: list[list[int]]
+    stores: list[Stores]
+    text_is_random: bool
+
+
+def load_workload(
+    name: str, device: str, dtype: str, n_prompts: int, rows: Sequence[int], cache: Path, extracted: Path | None
+) -> Workload:
+    """One of WORKLOADS. cache: folder for the example's datastores; extracted: stage 2's output for it, if it is there."""
+    if name == "example":
+        return _example(device, dtype, n_prompts, cache, extracted)
+    lm = CausalLM(_random_model(name, device, dtype), name)
+    n_ids = lm.model.config.vocab_size
+    prompts = np.random.default_rng(0).integers(0, n_ids, (n_prompts, PROMPT_TOKENS)).tolist()
+    written = _greedy_token_ids(lm, prompts)
+    return Workload(name, lm, prompts, [_synthetic_stores(lm, n, written) for n in rows], True)
+
+
+WORKLOADS = ("example", "gpt2-small", "llama-1b")
+
+
+# ---- The example
+
+
+def _example(device: str, dtype: str, n_prompts: int, cache: Path, extracted: Path | None) -> Workload:
+    extracted = require_folder(extracted, "stage 2 makes") if extracted is not None else _extract(cache)
+    folders = {threshold: _trie_folder(cache, extracted, threshold) for threshold in (CHUNK_THRESHOLD, DRAFT_THRESHOLD)}
+    lm = load_lm(str(EXAMPLE_MODEL), device, dtype)
+    prompts = read_prompts(ROOT / "examples" / "prompts.json")[:n_prompts]
+    encoded = encode_prompts(prompts, load_tokenizer(str(EXAMPLE_MODEL)))
+    opened = {
+        threshold: open_datastore(folder, device=lm.device, max_bytes=2**63) for threshold, folder in folders.items()
+    }
+    for datastore in opened.values():
+        datastore.load_all()
+    stores = Stores(
+        "", opened[CHUNK_THRESHOLD], opened[DRAFT_THRESHOLD], EXAMPLE_SIMILARITY, _passages(extracted / "train")
+    )
+    return Workload("example", lm, encoded, [stores], False)
+
+
+def _extract(cache: Path) -> Path:
+    _stage("preprocess_dataset.py", "--dataset", "python-docs", "--output_dir", cache / "data")
+    flags = ("--partition", "train", "--save_hidden_states", "--construct_memmap", "--discard_intermediates")
+    where = ("--data_dir", cache / "data", "--output_dir", cache / "extracted")
+    _stage("extract_token_probs_and_memmap.py", "--model_path", EXAMPLE_MODEL, *where, *flags)
+    return cache / "extracted"
+
+
+def _trie_folder(cache: Path, extracted: Path, threshold: float) -> Path:
+    """The token tries of the example's text at a threshold, made where they are not there."""
+    tries, label = cache / f"tries_{threshold}", EXAMPLE_MODEL.name
+    labels = ["--dataset_name", "python-docs", "--model_ds", label, "--model_gen", label]
+    labels += ["--partition", "train", "--tok_prob_threshold", str(threshold)]
+    length = ["--max_chunk_length", str(DRAFT_CHUNK_LENGTH)] if threshold == DRAFT_THRESHOLD else []
+    text = ["--token_prob_dir", extracted / "train", "--output_dir", tries, "--model_name", EXAMPLE_MODEL]
+    _stage("save_token_trie_info.py", *text, *labels, *length)
+    maps = ["--idx_to_seqlen_path", extracted / "train_index_to_seqlen.json"]
+    maps += ["--index_to_acc_index_path", extracted / "train_index_to_acc_index.json"]
+    vectors = ["--all_hidden_states_path", extracted / "train.h5", "--max_workers", 2]
+    _stage("make_token_trie.py", "--save_dir", tries, *labels, *maps, *vectors)
+    return find_trie_folder(tries, "python-docs", label, label, "train", threshold)
+
+
+def _stage(script: str, *flags: Any) -> None:
+    """Run a stage, which has nothing to do where it was run before; its results are no results of the benchmark."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+        raise InputError(f"{script} failed, see above; the command was {' '.join(command)}")
+
+
+def _passages(folder: Path) -> list[list[int]]:
+    """The texts of stage 2's windows, each without what it shares with the window before."""
+    manifest = read_finished(folder.parent / f"{folder.name}_manifest.json", "extract_token_probs_and_memmap.py")
+    overlap = manifest.arguments["chunk_size"] - manifest.arguments["stride"]
+    texts: list[list[int]] = []
+    for window in range(manifest.results["n_windows"]):
+        token_ids = [entry[4] for entry in read_json(folder / f"token_probs_{window}.json")]
+        if texts and token_ids[:overlap] == texts[-1][-overlap:]:
+            texts[-1] += token_ids[overlap:]
+        else:
+            texts.append(token_ids)
+    return texts
+
+
+# ---- Random weights
+
+
+def _random_model(name: str, device: str, dtype: str) -> Any:
+    where = pick_device(device)
+    kind = ("float32" if where.type == "cpu" else "bfloat16") if dtype == "auto" else dtype
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, kind))
+    try:
+        with where:
+            return GPT2LMHeadModel(GPT2Config()) if name == "gpt2-small" else LlamaForCausalLM(_llama_1b())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _llama_1b() -> LlamaConfig:
+    """The shape of Llama 3.2 1B."""
+    return LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+
+
+class OneTrieForAll(Datastore):
+    """Every entry token has the same trie, so that each step searches as many rows."""
+
+    def __init__(self, trie: TokenTrie, n_ids: int) -> None:
+        n_rows = dict.fromkeys(range(n_ids), len(trie.windows))
+        super().__init__(Path(), n_rows, trie.context_vectors.shape[1], trie.context_vectors.device, 2**63)
+        self._trie = trie
+
+    def trie(self, entry_token_id: int) -> TokenTrie:
+        return self._trie
+
+
+def _greedy_token_ids(lm: CausalLM, prompts: list[list[int]]) -> list[int]:
+    """The tokens, each once, that the model writes first after the prompts."""
+    requests = [Request(index, prompt, FIRST_TOKENS) for index, prompt in enumerate(prompts)]
+    greedy = Decoding(Sampler.from_settings(0, None, None), frozenset(), batch_size=len(prompts))
+    return sorted({token for generation in decode(lm, requests, greedy) for token in generation.new_token_ids})
+
+
+@torch.inference_mode()
+def _synthetic_stores(lm: CausalLM, n_rows: int, first_ids: list[int]) -> Stores:
+    """Context vectors around the model's hidden states over random text, and chunks of random tokens.
+
+    first_ids: what the chunks begin with. With the tokens that the model writes, many rows have a vote, as in a real
+    trie; what they vote for is random, so drafts cost what they cost and bring nothing.
+    """
+    generator = torch.Generator().manual_seed(n_rows)
+    rng = np.random.default_rng(n_rows)
+    n_ids = lm.model.config.vocab_size
+    text = torch.from_numpy(rng.integers(0, n_ids, (1, N_STATES))).to(lm.device)
+    states = torch.nn.functional.normalize(lm.forward(text, use_cache=False)[0][0].float(), dim=1).cpu()
+    vectors = states[torch.randint(N_STATES, (n_rows,), generator=generator)]
+    noise = torch.nn.functional.normalize(torch.randn(vectors.shape, generator=generator), dim=1)
+    vectors = torch.nn.functional.normalize(vectors + NOISE * noise, dim=1)
+    chunks = rng.integers(0, n_ids, (n_rows, CHUNK_TOKENS))
+    chunks[:, 0] = rng.choice(first_ids, n_rows)
+    chunks = chunks[np.argsort(chunks[:, 0], kind="stable")]
+    trie = TokenTrie(
+        0,
+        vectors.to(lm.device),
+        chunks.astype(np.int32).ravel(),
+        np.arange(n_rows + 1) * CHUNK_TOKENS,
+        np.zeros(n_rows, dtype=np.int64),
+        np.zeros(n_rows, dtype=np.int32),
+    )
+    for query in states[torch.randint(N_STATES, (INDEX_SEARCHES,), generator=generator)].to(lm.device):
+        trie.index.nearest(query)
+    datastore = OneTrieForAll(trie, n_ids)
+    return Stores(f"{n_rows:,} rows", datastore, datastore, UNREACHED_SIMILARITY, chunks.tolist())
