@@ -58,7 +58,7 @@ Models (folders or Hugging Face hub names, with the same tokenizer)
   --cache_dir DIR            for what the Hugging Face hub sends (default: the hub's own)
 Datastore
   --tok_prob_threshold γ     in [0, 1): a token that --model_ds gave more belongs to a chunk (default: $tok_prob_threshold)
-  --chunk_source NAME        probability; expert: spans marked in the text, of any length; or both (default: probability)
+  --chunk_source NAME        probability; expert: spans marked in the text; or both (default: probability)
   --chunk_size N, --stride N, --min_length N          windows of stage 2, in tokens (default: its own)
   --max_chunk_length N, --skip_first_tokens N         chunks of stage 3, in tokens (default: its own)
   --max_workers N            processes of stage 4 (default: its own)

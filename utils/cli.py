@@ -121,8 +121,10 @@ def add_cache_dir(parser: Parser) -> None:
     )
 
 
-def add_model(parser: Parser) -> None:
-    parser.add_argument("--model_path", required=True, help="folder or hub name of a causal language model")
+def add_model(parser: Parser, default: str | None = None) -> None:
+    """default: what the script itself takes where no --model_path is given, for the help; None: one must be given."""
+    of_model = "folder or hub name of a causal language model" + (f" (default: {default})" if default else "")
+    parser.add_argument("--model_path", required=default is None, help=of_model)
     add_cache_dir(parser)
     parser.add_argument(
         "--device", default="auto", help="torch device, such as cpu or cuda:1; auto: CUDA if there is one"
