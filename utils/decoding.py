@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from utils.draft_costs import DraftCosts
-from utils.drafting import Drafter, DraftTree
+from utils.drafting import NOTHING, Drafter, DraftTree
 from utils.generation import AcceptedChunk, DraftCounts, Generation, GenerationStats
 from utils.kv_cache import Block, Rows, open_rows
 from utils.models import CausalLM
@@ -72,6 +72,7 @@ class _Sequence:
     unread: list[int] = field(default_factory=list)  # the last tokens, which the LM has not read yet
     has_ended: bool = False
     drawn: int | None = None  # the next token, where verification has drawn it already
+    search_seconds: float | None = None  # what the last draft took to find; None: none was looked for
     token_uniforms: list[float] = field(init=False)
     acceptance_uniforms: list[float] = field(init=False)
 
@@ -255,13 +256,19 @@ class _Loop:
     def _draft(self, sequence: _Sequence) -> DraftTree:
         drafter, room = self._decoding.drafter, sequence.request.max_new_tokens - sequence.n_new
         assert drafter is not None
+        costs, sequence.search_seconds = self._decoding.draft_costs, None
+        if costs is not None and not costs.asks():
+            return NOTHING
+        started = time.perf_counter()
         with _charged(sequence, "retrieval_seconds"):
             # A node past the last token could never be accepted.
             tree = drafter.draft(sequence.request.index, sequence.token_ids, sequence.hidden_state, room)
             if not self._rows.takes_trees:
                 tree = tree.heaviest_line()
-            costs = self._decoding.draft_costs
-            return tree if costs is None else costs.paying_part(tree, len(self.sequences))
+            if costs is not None:
+                tree = costs.paying_part(tree, len(self.sequences))
+        sequence.search_seconds = time.perf_counter() - started
+        return tree
 
     def _verify(self, trees: list[DraftTree]) -> None:
         """One forward pass over the last token of every sequence and its tree; what is confirmed becomes text."""
@@ -274,14 +281,16 @@ class _Loop:
         with _charged_to_all(self.sequences, "lm_seconds"):
             hidden_states, logits = self._rows.forward(blocks, keep_all=True)
             drawn = self._draw_at_nodes(blocks, depths, logits)
-        if self._decoding.draft_costs is not None:
-            longest = max(len(block.token_ids) for block in blocks)
-            self._decoding.draft_costs.saw_pass(len(blocks), longest, time.perf_counter() - started)
+        costs, longest = self._decoding.draft_costs, max(len(block.token_ids) for block in blocks)
+        if costs is not None:
+            costs.saw_pass(len(blocks), longest, time.perf_counter() - started)
         for row, (sequence, block) in enumerate(zip(self.sequences, blocks, strict=True)):
             with _charged(sequence, "rest_seconds"):
                 path = self._accept(sequence, block, depths[row], _confirmed_path(block, drawn[row]))
-                if self._decoding.draft_costs is not None and trees[row].token_ids:
-                    self._decoding.draft_costs.saw_draft(trees[row], [node - 1 for node in path[1:]])
+                if costs is not None and trees[row].token_ids:
+                    costs.saw_draft(trees[row], [node - 1 for node in path[1:]])
+                if costs is not None and sequence.search_seconds is not None:
+                    costs.saw_search(len(blocks), longest, len(path) - 1, sequence.search_seconds)
                 self._rows.commit(row, path)
                 sequence.hidden_state, sequence.drawn = hidden_states[row][path[-1]], drawn[row][path[-1]]
                 sequence.forward_passes += 1

@@ -9,33 +9,55 @@ import numpy as np
 
 from utils.drafting import DraftTree
 
-# A drafter's shares of votes, in bins of which each learns how often its nodes are accepted.
-SHARE_BINS = np.array([0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 0.95])
+# What a node has of its parent's share of votes, in bins of which each learns how often its nodes are accepted.
+SHARE_BINS = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92])
 # What is believed of a bin before it was seen: the share itself, as strongly as this many nodes.
 PRIOR_NODES = 4.0
 N_KEPT_TIMES = 15
-# These first drafts, and later each one after so many, are verified whole: what is never tried is never known to pay.
-N_FIRST_WHOLE, WHOLE_EVERY = 12, 24
+# What is never tried is never known to pay: of the first drafts every third is verified whole, every third in part and
+# every third not at all, and later one after so many is whole.
+N_FIRST, WHOLE_EVERY = 18, 48
+# Where searches have cost more than their drafts brought, one in so many goes on. How much the last search counts.
+ASK_EVERY, LAST_SEARCH = 12, 0.1
 
 
 class DraftCosts:
-    """Seconds of forward passes by their length, and acceptance of nodes by their share of votes."""
+    """Seconds of forward passes by their length, and acceptance of nodes by their part of their parent's votes."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, dict[int, deque[float]]] = defaultdict(lambda: defaultdict(_recent))
         self._n_asked = 0
+        self._gain, self._n_not_asked = 0.0, 0
         n_bins = len(SHARE_BINS) + 1
-        self._nodes, self._shares, self._accepted = np.zeros(n_bins), np.zeros(n_bins), np.zeros(n_bins)
+        self._shares, self._accepted = np.zeros(n_bins), np.zeros(n_bins)
 
     def saw_pass(self, n_rows: int, n_tokens: int, seconds: float) -> None:
         """A forward pass over n_tokens tokens of each of n_rows sequences took so long."""
         self._seconds[n_rows][n_tokens].append(seconds)
 
+    def asks(self) -> bool:
+        """Whether to look for a draft: whether the last searches brought more than they took, or one is due again."""
+        if self._gain >= 0:
+            return True
+        self._n_not_asked += 1
+        return self._n_not_asked % ASK_EVERY == 0
+
+    def saw_search(self, n_rows: int, n_tokens: int, n_accepted: int, seconds: float) -> None:
+        """A search of so long came to a pass over n_tokens, of which n_accepted drafted ones were accepted."""
+        timed = self._seconds[n_rows]
+        if self._n_asked <= N_FIRST or 1 not in timed or n_tokens not in timed:
+            return
+        plain, drafted = float(np.median(timed[1])), float(np.median(timed[n_tokens]))
+        # In tokens. A pass serves all rows, a search one.
+        gain = n_accepted + 1 - drafted / plain - seconds * n_rows / plain
+        self._gain += LAST_SEARCH * (gain - self._gain)
+
     def saw_draft(self, tree: DraftTree, accepted: list[int]) -> None:
-        """Of the tree's nodes these were accepted."""
-        bins = np.searchsorted(SHARE_BINS, tree.shares)
-        np.add.at(self._nodes, bins, 1)
-        np.add.at(self._shares, bins, tree.shares)
+        """Of the tree's nodes these were accepted, a path. It tells about them and their siblings, which it left."""
+        parts = _parts(tree)
+        bins = np.searchsorted(SHARE_BINS, parts)
+        reached = np.isin(tree.parents, [-1, *accepted])
+        np.add.at(self._shares, bins[reached], parts[reached])
         np.add.at(self._accepted, bins[accepted], 1)
 
     def paying_part(self, tree: DraftTree, n_rows: int) -> DraftTree:
@@ -44,8 +66,11 @@ class DraftCosts:
         if not tree.token_ids:
             return tree
         self._n_asked += 1
-        if not timed or self._n_asked <= N_FIRST_WHOLE or self._n_asked % WHOLE_EVERY == 0:
+        if not timed or self._n_asked % WHOLE_EVERY == 0:
             return tree
+        if self._n_asked <= N_FIRST:
+            n_nodes = len(tree.token_ids)
+            return tree.part(list(range((n_nodes, 0, -(-n_nodes // 4))[self._n_asked % 3])))
         chances = self._chances(tree)
         # A parent stands before its children and is as likely at least, so any first part of the order is a tree.
         order = np.argsort(-chances, kind="stable")
@@ -57,14 +82,19 @@ class DraftCosts:
 
     def _chances(self, tree: DraftTree) -> np.ndarray:
         """(n_nodes,) probability that each node is accepted, none above its parent's."""
-        bins = np.searchsorted(SHARE_BINS, tree.shares)
-        # How much more often than its share says a bin's nodes were accepted, held to 1 while little was seen.
+        # How much more often than its part says a bin's nodes were accepted, held to 1 while little was seen.
         factor = (self._accepted + PRIOR_NODES) / (self._shares + PRIOR_NODES)
-        chances = np.minimum(np.array(tree.shares) * factor[bins], 1.0)
+        parts = _parts(tree)
+        chances = np.minimum(parts * factor[np.searchsorted(SHARE_BINS, parts)], 1.0)
         for node, parent in enumerate(tree.parents):
-            if parent >= 0 and chances[node] > chances[parent]:
-                chances[node] = chances[parent]
+            if parent >= 0:
+                chances[node] *= chances[parent]
         return chances
+
+
+def _parts(tree: DraftTree) -> np.ndarray:
+    """(n_nodes,) each node's share of the votes over its parent's."""
+    return np.array(tree.shares) / np.array([*tree.shares, 1.0])[tree.parents]
 
 
 def _recent() -> deque[float]:

@@ -1,0 +1,56 @@
+"""Drafts grow as far as they pay, by what the run has measured."""
+
+import numpy as np
+import pytest
+
+from utils.draft_costs import ASK_EVERY, N_FIRST, WHOLE_EVERY, DraftCosts
+from utils.drafting import DraftTree
+
+# A branch of which the LM accepts all, and one of which it accepts nothing.
+TREE = DraftTree([1, 9, 2, 3, 4], [-1, -1, 0, 2, 3], [0.6, 0.4, 0.5, 0.45, 0.4])
+BRANCH = [0, 2, 3, 4]
+
+
+def drafted(
+    costs: DraftCosts, n_steps: int, seconds, accepts: bool, search_seconds: float = 0.0
+) -> list[DraftTree | None]:
+    """What is drafted step by step (None: not looked for), where a pass over n tokens takes seconds(n)."""
+    drafts: list[DraftTree | None] = []
+    for _ in range(n_steps):
+        asked = costs.asks()
+        tree = costs.paying_part(TREE, 1) if asked else DraftTree([], [], [])
+        n_tokens = 1 + len(tree.token_ids)
+        costs.saw_pass(1, n_tokens, seconds(n_tokens))
+        accepted = [i for i, token in enumerate(tree.token_ids) if accepts and token != 9]
+        if tree.token_ids:
+            costs.saw_draft(tree, accepted)
+        if asked:
+            costs.saw_search(1, n_tokens, len(accepted), search_seconds)
+        drafts.append(tree if asked else None)
+    return drafts
+
+
+def test_where_longer_passes_cost_nothing_whole_trees_are_verified():
+    late = drafted(DraftCosts(), 100, lambda n: 1.0, accepts=True)[N_FIRST:]
+    assert all(draft == TREE for draft in late)
+
+
+def test_where_each_token_costs_only_the_branch_that_is_accepted_is_verified():
+    late = drafted(DraftCosts(), 400, lambda n: 1 + 0.3 * (n - 1), accepts=True)[300:]
+    kept = [draft.token_ids for i, draft in enumerate(late, 301) if i % WHOLE_EVERY and draft is not None]
+    assert kept
+    assert all(token_ids == [1, 2, 3, 4] for token_ids in kept)
+
+
+def test_where_nothing_is_accepted_drafts_are_given_up_and_looked_for_now_and_then():
+    late = drafted(DraftCosts(), 400, lambda n: 1 + 0.3 * (n - 1), accepts=False, search_seconds=0.1)[200:]
+    asked = [draft for draft in late if draft is not None]
+    assert len(asked) == pytest.approx(200 / ASK_EVERY, abs=1)
+    assert np.mean([len(draft.token_ids) for draft in asked]) < 1
+
+
+def test_drafts_come_back_when_they_are_accepted_again():
+    costs = DraftCosts()
+    drafted(costs, 200, lambda n: 1 + 0.1 * (n - 1), accepts=False, search_seconds=0.1)
+    late = drafted(costs, 600, lambda n: 1 + 0.1 * (n - 1), accepts=True, search_seconds=0.1)[500:]
+    assert all(draft is not None and len(draft.token_ids) >= len(BRANCH) for draft in late)
