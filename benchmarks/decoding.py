@@ -141,14 +141,14 @@ def compare(setting: Setting, peers: list[Peer], args: argparse.Namespace, bar: 
             for peer in peers if repeat % 2 == 0 else reversed(peers):
                 tallies[peer.name][-1].add(peer.run(batch))
                 bar.update()
-    lm, prompts, plain = setting.workload.lm, setting.workload.prompts, tallies["baseline"][0].new_token_ids
+    lm, plain = setting.workload.lm, tallies["baseline"][0].new_token_ids
     return [
         Result(
             peer,
             setting.batch_size,
             setting.temperature,
             tallies[peer.name],
-            differences(lm, prompts, plain, tallies[peer.name]) if peer.is_exact else None,
+            differences(lm, requests, plain, tallies[peer.name], setting.temperature) if peer.is_exact else None,
         )
         for peer in peers
     ]

@@ -10,7 +10,9 @@ import torch
 
 from benchmarks.common import Spread
 from benchmarks.peers import Peer, Tally
+from utils.decoding import Request
 from utils.models import CausalLM
+from utils.sampling import TOKEN_STREAM, uniforms
 
 HEADER = (
     "peer",
@@ -22,6 +24,7 @@ HEADER = (
     "LM s",
     "retrieval s",
     "rest s",
+    "overhead %",
     "drafted",
     "accepted",
     "same text",
@@ -32,8 +35,10 @@ HEADER = (
 class Difference:
     """A text that is not the baseline's. at: the first new token that differs, from 0.
 
-    margin: by how much the LM's logit of the baseline's token there is above the other's, in a forward pass without a
-    cache; a few 1e-5 are rounding, a near-tie.
+    margin: how near it was, by a forward pass without a cache. Greedy: how far the logit of the baseline's token lies
+    above the other's. Sampled: how far the uniform number that is drawn with lies from the border of two tokens in the
+    cumulative distribution. Some 1e-5 and some 1e-7 are rounding, which passes over more tokens have other than passes
+    over one: near-ties.
     """
 
     prompt: int
@@ -41,22 +46,30 @@ class Difference:
     margin: float
 
 
-@torch.inference_mode()
 def differences(
-    lm: CausalLM, prompts: list[list[int]], plain: dict[int, list[int]], tallies: list[Tally]
+    lm: CausalLM, requests: Sequence[Request], plain: dict[int, list[int]], tallies: list[Tally], temperature: float
 ) -> list[Difference]:
     """Of each prompt whose text differs from the plain one in any repeat, the first such difference."""
     found: dict[int, Difference] = {}
     for tally in tallies:
-        for prompt, new in tally.new_token_ids.items():
-            if new == plain[prompt] or prompt in found:
-                continue
-            at = next(i for i, (a, b) in enumerate(zip(new, plain[prompt], strict=True)) if a != b)
-            text = torch.tensor([prompts[prompt] + new[:at]], device=lm.device)
-            _, logits = lm.forward(text, logits_to_keep=1, use_cache=False)
-            margin = float(logits[0, -1, plain[prompt][at]] - logits[0, -1, new[at]])
-            found[prompt] = Difference(prompt, at, margin)
+        for request in requests:
+            new, wanted = tally.new_token_ids[request.index], plain[request.index]
+            if new != wanted and request.index not in found:
+                at = next(i for i, (a, b) in enumerate(zip(new, wanted, strict=True)) if a != b)
+                margin = _margin(lm, request, wanted[:at], wanted[at], new[at], temperature)
+                found[request.index] = Difference(request.index, at, margin)
     return list(found.values())
+
+
+@torch.inference_mode()
+def _margin(lm: CausalLM, request: Request, before: list[int], wanted: int, got: int, temperature: float) -> float:
+    text = torch.tensor([request.prompt_ids + before], device=lm.device)
+    _, logits = lm.forward(text, logits_to_keep=1, use_cache=False)
+    if temperature == 0:
+        return float(logits[0, -1, wanted] - logits[0, -1, got])
+    borders = (logits[0, -1].float() / temperature).softmax(-1).double().cumsum(-1).cpu()
+    uniform = uniforms(request.seed, request.index, TOKEN_STREAM, len(before) + 1)[-1]
+    return float((borders - uniform * borders[-1]).abs().min())
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,7 @@ class Result:
         }
 
     def overhead(self) -> Spread:
+        """Retrieval and bookkeeping over the LM's seconds."""
         return Spread(tuple((tally.seconds - tally.lm_seconds) / tally.lm_seconds for tally in self.tallies))
 
     def row(self, results: Sequence["Result"]) -> list[str]:
@@ -143,6 +157,7 @@ class Result:
             f"{100 * self._fps().median:.1f}",
             f"{self.tokens_per_forward.median:.2f}",
             *(f"{self.seconds(name).median:.2f}" for name in ("lm_seconds", "retrieval_seconds", "rest_seconds")),
+            f"{100 * self.overhead().median:.1f}",
             f"{drafts.draft_tokens / n_passes:.1f}" if drafts is not None and n_passes else "",
             f"{drafts.accepted_tokens / max(drafts.draft_tokens, 1):.0%}" if drafts is not None else "",
             f"{same} of {len(self.tallies[0].new_token_ids)}" if same else "",

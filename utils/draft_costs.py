@@ -47,7 +47,7 @@ class DraftCosts:
         timed = self._seconds[n_rows]
         if self._n_asked <= N_FIRST or 1 not in timed or n_tokens not in timed:
             return
-        plain, drafted = float(np.median(timed[1])), float(np.median(timed[n_tokens]))
+        plain, drafted = _median(timed[1]), _median(timed[n_tokens])
         # In tokens. A pass serves all rows, a search one.
         gain = n_accepted + 1 - drafted / plain - seconds * n_rows / plain
         self._gain += LAST_SEARCH * (gain - self._gain)
@@ -75,7 +75,7 @@ class DraftCosts:
         # A parent stands before its children and is as likely at least, so any first part of the order is a tree.
         order = np.argsort(-chances, kind="stable")
         lengths = sorted(timed)
-        medians = np.maximum.accumulate([float(np.median(timed[length])) for length in lengths])
+        medians = np.maximum.accumulate([_median(timed[length]) for length in lengths])
         seconds = np.interp(np.arange(1, len(order) + 2), lengths, medians)
         expected = 1 + np.concatenate([[0.0], np.cumsum(chances[order])])
         return tree.part(sorted(order[: int(np.argmax(expected / seconds))].tolist()))
@@ -99,3 +99,8 @@ def _parts(tree: DraftTree) -> np.ndarray:
 
 def _recent() -> deque[float]:
     return deque(maxlen=N_KEPT_TIMES)
+
+
+def _median(seconds: deque[float]) -> float:
+    """The upper one where there are two; numpy's takes longer than all else of a step's bookkeeping."""
+    return sorted(seconds)[len(seconds) // 2]

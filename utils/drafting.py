@@ -113,6 +113,7 @@ class RetrievalDrafter:
     def __init__(self, datastore: Datastore | None, settings: DraftSettings) -> None:
         self._datastore, self._settings = datastore, settings
         self._running: dict[int, LiveTexts] = {}
+        self._read: dict[int, list[tuple[list[int], Tensor]]] = {}  # what the running texts still lack
         self._session = LiveTexts()
         self._common = lru_cache(COMMON_TOKENS)(self._find_common)
 
@@ -123,8 +124,8 @@ class RetrievalDrafter:
         query = torch.nn.functional.normalize(hidden_state.float(), dim=0)
         context = (token_ids[-2], token_ids[-1], query, depth, self._settings.neighbors)
         votes = [self._weighed(self._stored_rows(*context), STORED), self._common_rows(token_ids[-1], depth)]
-        if key in self._running:
-            text = self._running[key]
+        text = self._text(key)
+        if text is not None:
             votes.append(self._weighed(text.after_pair(*context), OWN_TEXT))
             votes.append(self._weighed(text.after_others(*context), OWN_TEXT_LAST_TOKEN))
         table, weights, decay = (np.concatenate(parts) for parts in zip(*votes, strict=True))
@@ -135,12 +136,21 @@ class RetrievalDrafter:
 
     def observe(self, key: int, token_ids: list[int], hidden_states: Tensor) -> None:
         if self._settings.live != "off":
-            self._running.setdefault(key, LiveTexts()).extend(token_ids, hidden_states)
+            # A copy: the next forward pass may write over them.
+            self._read.setdefault(key, []).append((token_ids, hidden_states.clone()))
 
     def end(self, key: int) -> None:
-        text = self._running.pop(key, None)
-        if text is not None and self._settings.live == "session":
+        if self._settings.live == "session" and (text := self._text(key)) is not None:
             self._session.add_text(text, MAX_SESSION_TOKENS)
+        self._read.pop(key, None)
+        self._running.pop(key, None)
+
+    def _text(self, key: int) -> LiveTexts | None:
+        """The running text as far as it was read. Brought up to date here: it is not asked for at each step."""
+        if read := self._read.pop(key, []):
+            token_ids = [token for tokens, _ in read for token in tokens]
+            self._running.setdefault(key, LiveTexts()).extend(token_ids, torch.cat([states for _, states in read]))
+        return self._running.get(key)
 
     def _weighed(self, found: Places, source: Source) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The votes of rows: their continuations, weights that add up to the source's, and what each token takes."""
