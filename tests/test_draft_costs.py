@@ -17,8 +17,8 @@ def drafted(
     """What is drafted step by step (None: not looked for), where a pass over n tokens takes seconds(n)."""
     drafts: list[DraftTree | None] = []
     for _ in range(n_steps):
-        asked = costs.asks()
-        tree = costs.paying_part(TREE, 1) if asked else DraftTree([], [], [])
+        asked = costs.asks(1)
+        tree = costs.paying_parts([TREE])[0] if asked else DraftTree([], [], [])
         n_tokens = 1 + len(tree.token_ids)
         costs.saw_pass(1, n_tokens, seconds(n_tokens))
         accepted = [i for i, token in enumerate(tree.token_ids) if accepts and token != 9]
@@ -37,7 +37,7 @@ def test_where_longer_passes_cost_nothing_whole_trees_are_verified():
 
 def test_where_each_token_costs_only_the_branch_that_is_accepted_is_verified():
     late = drafted(DraftCosts(), 400, lambda n: 1 + 0.3 * (n - 1), accepts=True)[300:]
-    kept = [draft.token_ids for i, draft in enumerate(late, 301) if i % WHOLE_EVERY and draft is not None]
+    kept = [draft.token_ids for i, draft in enumerate(late, 300) if i % WHOLE_EVERY and draft is not None]
     assert kept
     assert all(token_ids == [1, 2, 3, 4] for token_ids in kept)
 
@@ -54,3 +54,17 @@ def test_drafts_come_back_when_they_are_accepted_again():
     drafted(costs, 200, lambda n: 1 + 0.1 * (n - 1), accepts=False, search_seconds=0.1)
     late = drafted(costs, 600, lambda n: 1 + 0.1 * (n - 1), accepts=True, search_seconds=0.1)[500:]
     assert all(draft is not None and len(draft.token_ids) >= len(BRANCH) for draft in late)
+
+
+def test_rows_of_a_batch_are_drafted_for_as_far_as_pays_for_all_together():
+    costs, weak = DraftCosts(), DraftTree([7, 8], [-1, 0], [0.01, 0.005])
+    for step in range(300):
+        trees = costs.paying_parts([TREE, weak])
+        n_tokens = 1 + max(len(tree.token_ids) for tree in trees)
+        costs.saw_pass(2, n_tokens, 1 + 0.2 * (n_tokens - 1))
+        for tree in trees:
+            if tree.token_ids:
+                costs.saw_draft(tree, [i for i, token in enumerate(tree.token_ids) if token < 5])
+        if step > 200 and step % WHOLE_EVERY:
+            # The second row's nodes would not pay, but beside the first row's they cost nothing.
+            assert [tree.token_ids for tree in trees] == [[1, 2, 3, 4], [7, 8]]

@@ -173,7 +173,7 @@ class _Loop:
         if self.sequences and self._decoding.drafter is None:
             self._read()
         elif self.sequences:
-            self._verify([self._draft(sequence) for sequence in self.sequences])
+            self._verify(self._drafts())
             ended += self._take_ended()
         self._tell_news()
         return [self._generation(sequence) for sequence in ended]
@@ -253,20 +253,27 @@ class _Loop:
 
     # ---- Verified generation
 
+    def _drafts(self) -> list[DraftTree]:
+        """A draft for every sequence, as far as it pays."""
+        costs, n_rows = self._decoding.draft_costs, len(self.sequences)
+        if costs is not None and not costs.asks(n_rows):
+            for sequence in self.sequences:
+                sequence.search_seconds = None
+            return [NOTHING] * n_rows
+        trees = [self._draft(sequence) for sequence in self.sequences]
+        if costs is None:
+            return trees
+        with _charged_to_all(self.sequences, "retrieval_seconds"):
+            return costs.paying_parts(trees)
+
     def _draft(self, sequence: _Sequence) -> DraftTree:
         drafter, room = self._decoding.drafter, sequence.request.max_new_tokens - sequence.n_new
         assert drafter is not None
-        costs, sequence.search_seconds = self._decoding.draft_costs, None
-        if costs is not None and not costs.asks():
-            return NOTHING
         started = time.perf_counter()
         with _charged(sequence, "retrieval_seconds"):
             # A node past the last token could never be accepted.
             tree = drafter.draft(sequence.request.index, sequence.token_ids, sequence.hidden_state, room)
-            if not self._rows.takes_trees:
-                tree = tree.heaviest_line()
-            if costs is not None:
-                tree = costs.paying_part(tree, len(self.sequences))
+            tree = tree if self._rows.takes_trees else tree.heaviest_line()
         sequence.search_seconds = time.perf_counter() - started
         return tree
 

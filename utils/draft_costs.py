@@ -14,11 +14,11 @@ SHARE_BINS = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92])
 # What is believed of a bin before it was seen: the share itself, as strongly as this many nodes.
 PRIOR_NODES = 4.0
 N_KEPT_TIMES = 15
-# What is never tried is never known to pay: of the first drafts every third is verified whole, every third in part and
-# every third not at all, and later one after so many is whole.
+# What is never tried is never known to pay: in the first passes every third draft is verified whole, every third in part
+# and every third not at all, and later in one pass of so many whole.
 N_FIRST, WHOLE_EVERY = 18, 48
-# Where searches have cost more than their drafts brought, one in so many goes on. How much the last search counts.
-ASK_EVERY, LAST_SEARCH = 12, 0.1
+# Where searches have cost more than their drafts brought, those before one pass in so many go on. What the last counts.
+ASK_EVERY, LAST_SEARCH = 10, 0.1
 
 
 class DraftCosts:
@@ -26,26 +26,24 @@ class DraftCosts:
 
     def __init__(self) -> None:
         self._seconds: dict[int, dict[int, deque[float]]] = defaultdict(lambda: defaultdict(_recent))
-        self._n_asked = 0
-        self._gain, self._n_not_asked = 0.0, 0
+        self._n_passes: dict[int, int] = defaultdict(int)  # by the number of rows
+        self._gain = 0.0
         n_bins = len(SHARE_BINS) + 1
         self._shares, self._accepted = np.zeros(n_bins), np.zeros(n_bins)
 
     def saw_pass(self, n_rows: int, n_tokens: int, seconds: float) -> None:
         """A forward pass over n_tokens tokens of each of n_rows sequences took so long."""
         self._seconds[n_rows][n_tokens].append(seconds)
+        self._n_passes[n_rows] += 1
 
-    def asks(self) -> bool:
-        """Whether to look for a draft: whether the last searches brought more than they took, or one is due again."""
-        if self._gain >= 0:
-            return True
-        self._n_not_asked += 1
-        return self._n_not_asked % ASK_EVERY == 0
+    def asks(self, n_rows: int) -> bool:
+        """Whether to look for drafts: whether the last searches brought more than they took, or some are due again."""
+        return self._gain >= 0 or self._n_passes[n_rows] % ASK_EVERY == 0
 
     def saw_search(self, n_rows: int, n_tokens: int, n_accepted: int, seconds: float) -> None:
         """A search of so long came to a pass over n_tokens, of which n_accepted drafted ones were accepted."""
         timed = self._seconds[n_rows]
-        if self._n_asked <= N_FIRST or 1 not in timed or n_tokens not in timed:
+        if self._n_passes[n_rows] <= N_FIRST or 1 not in timed or n_tokens not in timed:
             return
         plain, drafted = _median(timed[1]), _median(timed[n_tokens])
         # In tokens. A pass serves all rows, a search one.
@@ -60,25 +58,32 @@ class DraftCosts:
         np.add.at(self._shares, bins[reached], parts[reached])
         np.add.at(self._accepted, bins[accepted], 1)
 
-    def paying_part(self, tree: DraftTree, n_rows: int) -> DraftTree:
-        """The part of the tree that brings the most tokens a second; now and then all of it, to find out."""
-        timed = self._seconds.get(n_rows)
-        if not tree.token_ids:
-            return tree
-        self._n_asked += 1
-        if not timed or self._n_asked % WHOLE_EVERY == 0:
-            return tree
-        if self._n_asked <= N_FIRST:
-            n_nodes = len(tree.token_ids)
-            return tree.part(list(range((n_nodes, 0, -(-n_nodes // 4))[self._n_asked % 3])))
-        chances = self._chances(tree)
-        # A parent stands before its children and is as likely at least, so any first part of the order is a tree.
-        order = np.argsort(-chances, kind="stable")
-        lengths = sorted(timed)
-        medians = np.maximum.accumulate([_median(timed[length]) for length in lengths])
-        seconds = np.interp(np.arange(1, len(order) + 2), lengths, medians)
-        expected = 1 + np.concatenate([[0.0], np.cumsum(chances[order])])
-        return tree.part(sorted(order[: int(np.argmax(expected / seconds))].tolist()))
+    def paying_parts(self, trees: list[DraftTree]) -> list[DraftTree]:
+        """Of one tree a row, the parts that bring the most tokens a second; now and then all, to find out.
+
+        The longest sets the seconds of a pass, so all may be as long as what pays for all together.
+        """
+        n_nodes = max((len(tree.token_ids) for tree in trees), default=0)
+        timed = self._seconds.get(len(trees))
+        if not n_nodes or not timed:
+            return trees
+        n_passes = self._n_passes[len(trees)]
+        if n_passes % WHOLE_EVERY == 0:
+            return trees
+        chances = [self._chances(tree) for tree in trees]
+        # A parent stands before its children and is as likely at least, so any first part of an order is a tree.
+        orders = [np.argsort(-each, kind="stable") for each in chances]
+        if n_passes < N_FIRST:
+            n_kept = (n_nodes, 0, -(-n_nodes // 4))[n_passes % 3]
+        else:
+            gains = np.zeros(n_nodes)
+            for each, order in zip(chances, orders, strict=True):
+                gains[: len(order)] += each[order]
+            lengths = sorted(timed)
+            medians = np.maximum.accumulate([_median(timed[length]) for length in lengths])
+            seconds = np.interp(np.arange(1, n_nodes + 2), lengths, medians)
+            n_kept = int(np.argmax((len(trees) + np.concatenate([[0.0], np.cumsum(gains)])) / seconds))
+        return [tree.part(sorted(order[:n_kept].tolist())) for tree, order in zip(trees, orders, strict=True)]
 
     def _chances(self, tree: DraftTree) -> np.ndarray:
         """(n_nodes,) probability that each node is accepted, none above its parent's."""
