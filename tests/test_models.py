@@ -1,10 +1,12 @@
 """Any causal LM loads quietly and gives what its head reads; two models are told apart; what cannot be used is named."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from architectures import CONFIGS, tiny_lm
@@ -260,6 +262,46 @@ def test_other_models_have_other_fingerprints(gpt2_folder: Path, llama_folder: P
     model.save_pretrained(copy)
     found = {model_fingerprint(str(path)) for path in (gpt2_folder, llama_folder, copy)}
     assert len(found) == 3
+
+
+def test_a_single_weight_anywhere_makes_another_fingerprint(copy: Path) -> None:
+    path = copy / WEIGHTS
+    content = bytearray(path.read_bytes())
+    found = {model_fingerprint(str(copy))}
+    for at in np.random.default_rng(0).integers(1000, len(content), 20).tolist():
+        content[at] ^= 1
+        path.write_bytes(content)
+        found.add(model_fingerprint(str(copy)))
+        content[at] ^= 1
+    assert len(found) == 21
+
+
+def test_of_the_config_counts_what_the_forward_pass_is_made_of(copy: Path) -> None:
+    before, config = model_fingerprint(str(copy)), json.loads((copy / "config.json").read_text())
+    for name, value in (("eos_token_id", 7), ("transformers_version", "4.0"), ("_name_or_path", "there")):
+        (copy / "config.json").write_text(json.dumps(config | {name: value}))
+        assert model_fingerprint(str(copy)) == before
+    for name, value in (("n_head", 4), ("activation_function", "relu"), ("layer_norm_epsilon", 1e-6)):
+        (copy / "config.json").write_text(json.dumps(config | {name: value}))
+        assert model_fingerprint(str(copy)) != before
+
+
+def test_an_adapter_beside_the_weights_makes_another_fingerprint(copy: Path) -> None:
+    before = model_fingerprint(str(copy))
+    (copy / "adapter_model.safetensors").write_bytes(b"low ranks")
+    assert model_fingerprint(str(copy)) != before
+
+
+def test_a_copy_in_the_hubs_cache_has_the_same_fingerprint_and_is_not_read(copy: Path, tmp_path: Path) -> None:
+    content = (copy / WEIGHTS).read_bytes()
+    blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
+    blob.parent.mkdir()
+    before = model_fingerprint(str(copy))
+    (copy / WEIGHTS).rename(blob)
+    (copy / WEIGHTS).symlink_to(blob)
+    assert model_fingerprint(str(copy)) == before
+    blob.write_bytes(b"nobody looks")
+    assert model_fingerprint(str(copy)) == before
 
 
 def test_weights_in_parts_have_a_fingerprint_of_every_part(copy: Path) -> None:

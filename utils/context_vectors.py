@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.files import InputError, Manifest
+from utils.files import InputError, Manifest, n_cores
 from utils.hidden_states import map_all_hidden_states, read_index_map
 from utils.token_trie import positions_path, read_trie_positions, write_context_vectors
 
@@ -172,11 +172,6 @@ def write_all_context_vectors(
             raise InputError(f"{message}; run again with fewer --max_workers") from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def n_cores() -> int:
-    """The cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _batches(

@@ -358,6 +358,11 @@ def file_fingerprint(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def n_cores() -> int:
+    """The cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder and what is in it, where there is one."""
     if path.exists():

@@ -7,7 +7,10 @@ The context vector of a position is what the LM head reads there: the last layer
 
 import hashlib
 import inspect
+import json
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,15 +20,20 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from utils.files import InputError, read_json
+from utils.files import InputError, file_fingerprint, n_cores, read_json
 
-# Of each weight file: its size and this many evenly spaced blocks. A file of other weights differs in each of them.
-N_SAMPLED_BLOCKS = 16
-SAMPLED_BLOCK_BYTES = 1 << 16
+# What a config says beside what the forward pass computes: where it is from, what text ends with, how texts are drawn.
+NOT_OF_THE_FORWARD_PASS = {
+    *("_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "task_specific_params", "id2label", "label2id"),
+}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# The hub's cache names a large file's blob by the SHA-256 of its content.
+_BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 # Text on which two tokenizers that are not the same give other ids: spaces, digits, scripts, bytes, control characters.
 PROBE_TEXT = "The  Zürich 12345-token\n\n\tprobe: naïve don't 東京 🙂\u200d x=1;\r\n\x00 ǅ %%"
 
@@ -233,16 +241,34 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def model_fingerprint(model_path: str, cache_dir: Path | None = None) -> str:
-    """The same for the same weight files, in a local folder or in the hub's cache; reads about a MiB of each."""
-    digest = hashlib.sha256()
-    for path in _weight_files(model_path, cache_dir):
-        n_bytes = path.stat().st_size
-        digest.update(str(n_bytes).encode())
-        with open(path, "rb") as file:
-            for i in range(N_SAMPLED_BLOCKS):
-                file.seek(max(n_bytes - SAMPLED_BLOCK_BYTES, 0) * i // (N_SAMPLED_BLOCKS - 1))
-                digest.update(file.read(SAMPLED_BLOCK_BYTES))
-    return digest.hexdigest()
+    """The same for the same weights and the same forward pass, under any name, in a folder or in the hub's cache.
+
+    Every byte of the weights counts, since merged adapters and edited facts change a few matrices only: about a second
+    for each GB and core where the cache of the hub does not know the digests already. Of the config counts what the
+    forward pass is made of; another end-of-text token, say, leaves hidden states as they are.
+    """
+    files = [*_weight_files(model_path, cache_dir), *_adapter_files(model_path)]
+    with ThreadPoolExecutor(n_cores()) as threads:
+        digests = list(threads.map(_content_digest, files))
+    config_path = _fetch(model_path, CONFIG_NAME, cache_dir)
+    config = read_json(config_path) if config_path else None
+    if not isinstance(config, dict):
+        raise InputError(f"{model_path}: no model config can be loaded; copy the model anew")
+    decisive = {name: value for name, value in config.items() if name not in NOT_OF_THE_FORWARD_PASS}
+    return hashlib.sha256(json.dumps([digests, decisive], sort_keys=True).encode()).hexdigest()
+
+
+def _content_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    blob = path.resolve()
+    if blob != path and blob.parent.name == "blobs" and _BLOB_NAME.fullmatch(blob.name):
+        return blob.name
+    return file_fingerprint(path)
+
+
+def _adapter_files(model_path: str) -> list[Path]:
+    """Of an adapter that lies beside the weights and is loaded with them."""
+    return [path for name in ADAPTER_FILES if (path := Path(model_path, name)).is_file()]
 
 
 def _weight_files(model_path: str, cache_dir: Path | None) -> Iterator[Path]:
