@@ -102,6 +102,29 @@ def test_chunk_mode_equals_a_naive_decoder_token_for_token(lm, theta, batch_size
     assert any(generation.chunks for generation in got) == (theta < 1)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_trace_has_every_step_and_every_proposal_accepted_or_not(lm, batch_size):
+    store = datastore_near_text(lm, PROMPTS, 20)
+    got = run(lm, PROMPTS, 30, Retriever(store, Acceptance(0.95)), batch_size)
+    for generation, prompt in zip(got, PROMPTS, strict=True):
+        moments, proposals, stats = generation.trace.moments, generation.trace.proposals, generation.stats
+        lengths = {chunk.position: len(chunk.token_ids) for chunk in generation.chunks}
+        ends = [len(prompt)]
+        while ends[-1] < len(generation.token_ids):
+            ends.append(ends[-1] + lengths.get(ends[-1], 1))
+        assert [moment.n_tokens for moment in moments] == ends
+        assert [position for position, _, _ in proposals] == [
+            end for end in ends[:-1] if generation.token_ids[end - 1] in store.n_rows
+        ]
+        assert [(seen.position, seen.similarity) for seen in proposals if seen.similarity >= 0.95] == [
+            (chunk.position, chunk.similarity) for chunk in generation.chunks
+        ]
+        seconds = [moment.lm_seconds + moment.retrieval_seconds + moment.rest_seconds for moment in moments]
+        assert seconds == sorted(seconds)
+        assert seconds[-1] == stats.seconds
+        assert 0 < len(generation.chunks) < len(proposals)
+
+
 def test_similarity_threshold_one_and_an_empty_datastore_equal_the_baseline(lm):
     store = datastore_near_text(lm, PROMPTS, 20)
     baseline = [generation.new_token_ids for generation in run(lm, PROMPTS, 25)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from utils.draft_costs import DraftCosts
 from utils.drafting import NOTHING, Drafter, DraftTree
-from utils.generation import AcceptedChunk, DraftCounts, Generation, GenerationStats
+from utils.generation import AcceptedChunk, DraftCounts, Generation, GenerationStats, Moment, Seen, Trace
 from utils.kv_cache import Block, Rows, open_rows
 from utils.models import CausalLM
 from utils.retrieval import Proposal, Retriever
@@ -69,6 +69,7 @@ class _Sequence:
     forward_passes: int = 1
     chunks: list[AcceptedChunk] = field(default_factory=list)
     drafts: DraftCounts = field(default_factory=DraftCounts)
+    trace: Trace = field(default_factory=Trace)
     unread: list[int] = field(default_factory=list)  # the last tokens, which the LM has not read yet
     has_ended: bool = False
     drawn: int | None = None  # the next token, where verification has drawn it already
@@ -84,6 +85,10 @@ class _Sequence:
     @property
     def n_new(self) -> int:
         return len(self.token_ids) - len(self.request.prompt_ids)
+
+    def note_moment(self) -> None:
+        seconds = (self.lm_seconds, self.retrieval_seconds, self.rest_seconds)
+        self.trace.moments.append(Moment(len(self.token_ids), *seconds, self.drafts.draft_tokens))
 
     def take_drawn(self) -> int:
         token_id, self.drawn = self.drawn, None
@@ -164,6 +169,8 @@ class _Loop:
 
     def step(self) -> list[Generation]:
         """Append a chunk or a token to every sequence, read it where the text goes on; returns those that ended."""
+        for sequence in self.sequences:
+            sequence.note_moment()
         proposals = [self._propose(sequence) for sequence in self.sequences]
         self._draw([sequence for sequence, chunk in zip(self.sequences, proposals, strict=True) if not chunk])
         for sequence, chunk in zip(self.sequences, proposals, strict=True):
@@ -190,7 +197,11 @@ class _Loop:
             return None
         with _charged(sequence, "retrieval_seconds"):
             uniform = sequence.acceptance_uniforms[sequence.n_new]
-            return self._decoding.retriever.chunk(sequence.token_ids[-1], sequence.hidden_state, uniform)
+            proposal = self._decoding.retriever.propose(sequence.token_ids[-1], sequence.hidden_state, uniform)
+        if proposal is None:
+            return None
+        sequence.trace.proposals.append(Seen(len(sequence.token_ids), proposal.row, proposal.similarity))
+        return proposal if proposal.accepted else None
 
     def _draw(self, sequences: list[_Sequence]) -> None:
         """The next token of each sequence from the LM, where it has not been drawn."""
@@ -352,7 +363,8 @@ class _Loop:
         )
         request = sequence.request
         new_token_ids = sequence.token_ids[len(request.prompt_ids) :]
-        return Generation(request.index, request.prompt_ids, new_token_ids, sequence.chunks, stats)
+        sequence.note_moment()
+        return Generation(request.index, request.prompt_ids, new_token_ids, sequence.chunks, stats, sequence.trace)
 
     def _finish_on_device(self) -> None:
         """Wait for the forward pass, so that its time is not counted as that of what reads its result first."""

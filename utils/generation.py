@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 # Token ids to text, as a tokenizer's `decode`.
 Decode = Callable[[list[int]], str]
@@ -45,6 +46,32 @@ class DraftCounts:
         return sum(self.accepted)
 
 
+class Moment(NamedTuple):
+    """Where a generation stands between two steps: tokens, the prompt's too, seconds so far, nodes of drafts so far."""
+
+    n_tokens: int
+    lm_seconds: float
+    retrieval_seconds: float
+    rest_seconds: float
+    draft_tokens: int
+
+
+class Seen(NamedTuple):
+    """A proposal, accepted or not: where its chunk would begin in the flat list, its row and cosine similarity."""
+
+    position: int
+    row: int
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A generation step by step. moments: when the prompt was read, and after each step."""
+
+    moments: list[Moment] = field(default_factory=list)
+    proposals: list[Seen] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class GenerationStats:
     """What one generation cost. forward_passes counts the prompt's; seconds hold lm_seconds and retrieval_seconds.
@@ -61,13 +88,17 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class Generation:
-    """One prompt gone on from. index: the caller's number of the prompt; new_token_ids: without the prompt's."""
+    """One prompt gone on from. index: the caller's number of the prompt; new_token_ids: without the prompt's.
+
+    trace: None where it was not recorded.
+    """
 
     index: int
     prompt_ids: list[int]
     new_token_ids: list[int]
     chunks: list[AcceptedChunk]
     stats: GenerationStats
+    trace: Trace | None = None
 
     @property
     def token_ids(self) -> list[int]:

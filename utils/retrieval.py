@@ -15,6 +15,7 @@ class Proposal:
     token_ids: list[int]
     similarity: float
     row: int
+    accepted: bool
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,11 @@ class Retriever:
     acceptance: Acceptance
     similarities: list[float] = field(default_factory=list)  # of every proposal so far, accepted or not
 
-    def chunk(self, entry_token_id: int, hidden_state: Tensor, uniform: float) -> Proposal | None:
-        """The chunk to emit after the entry token, or None. hidden_state (D,) at it; uniform in [0, 1) for bernoulli."""
+    def propose(self, entry_token_id: int, hidden_state: Tensor, uniform: float) -> Proposal | None:
+        """The chunk most similar after the entry token, and whether it is to be emitted; None where there is none.
+
+        hidden_state (D,) at the entry token; uniform in [0, 1) for bernoulli.
+        """
         if self.acceptance.never:
             return None
         trie = self.datastore.trie(entry_token_id)
@@ -34,6 +38,4 @@ class Retriever:
             return None
         row, similarity = trie.index.nearest(hidden_state)
         self.similarities.append(similarity)
-        if not self.acceptance.accepts(similarity, uniform):
-            return None
-        return Proposal(trie.chunk(row), similarity, row)
+        return Proposal(trie.chunk(row), similarity, row, self.acceptance.accepts(similarity, uniform))
