@@ -1,5 +1,6 @@
 """Perplexity of the base LM and of CD-LM, by the room and by the command."""
 
+import itertools
 import json
 import math
 import shutil
@@ -98,6 +99,8 @@ def test_proposals_are_those_that_loops_find(plan_of):
                 assert found.similarities[at] == pytest.approx(float(cosines.max()), abs=1e-6)
                 assert found.chunk_lengths[at] == min(len(chunk), len(rest))
                 assert found.matches[at] == (chunk[: len(rest)] == rest[: len(chunk)])
+                pairs = zip(chunk, rest, strict=False)
+                assert found.agreeing[at] == sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
             at += 1
     assert at == len(found.log_probs)
     assert 0 < found.matches.sum() < at
@@ -122,7 +125,7 @@ def test_the_sum_is_the_frequency_with_which_the_generator_writes_a_text(plan_of
     # The prompt's own second token is given, not generated: it is not summed over.
     of_prompt = np.arange(0, len(proposals.log_probs), 4)
     kept = np.setdiff1d(np.arange(len(proposals.log_probs)), of_prompt)
-    values = (proposals.log_probs, proposals.similarities, proposals.chunk_lengths, proposals.matches)
+    values = (proposals.log_probs, proposals.similarities, proposals.chunk_lengths, proposals.agreeing)
     cut = type(proposals)(np.full(125, 3), *(column[kept] for column in values))
     p = np.exp(log_likelihoods(cut, acceptance.probability(cut.similarities)[None])[0])
     assert p.sum() == pytest.approx(1.0, abs=1e-6)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from utils.acceptance import Acceptance, AcceptanceMap
 from utils.datastore import Datastore, TokenTrie
 from utils.extraction import require_sound, score_windows
 from utils.models import CausalLM
+from utils.progress import ProgressBar
 from utils.segmentations import Proposals, log_likelihoods, posteriors
 from utils.windows import WindowPlan, plan_batches
 
@@ -50,9 +50,9 @@ def find_proposals(lm: CausalLM, datastore: Datastore | None, plan: WindowPlan, 
     lengths = plan.lengths - 1
     starts = np.cumsum(lengths) - lengths
     n = int(lengths.sum())
-    found = Proposals(lengths, np.zeros(n), np.full(n, np.nan), np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool))
+    found = Proposals(lengths, np.zeros(n), np.full(n, np.nan), *np.zeros((2, n), dtype=np.int64))
     batches = plan_batches(plan.lengths, batch_size)
-    with tqdm(total=n, desc="finding proposals", unit="tok", unit_scale=True) as bar:
+    with ProgressBar(total=n, desc="finding proposals", unit="tok", unit_scale=True) as bar:
         for group in _groups(batches, plan.lengths, lm.hidden_size):
             entries, places, queries, following, left = [], [], [], [], []
             for windows in group:
@@ -114,18 +114,19 @@ def _look_up(found: Proposals, datastore: Datastore, asked: _Asked) -> None:
         chosen = rows.cpu().numpy()
         found.similarities[at] = similarities.cpu().numpy()
         found.chunk_lengths[at] = np.minimum(trie.chunk_lengths(chosen), asked.left[positions])
-        found.matches[at] = _is_text(trie, chosen, found.chunk_lengths[at], asked.following, positions)
+        found.agreeing[at] = _agreeing(trie, chosen, found.chunk_lengths[at], asked.following, positions)
 
 
-def _is_text(
+def _agreeing(
     trie: TokenTrie, rows: np.ndarray, lengths: np.ndarray, following: np.ndarray, positions: np.ndarray
 ) -> np.ndarray:
-    """(n,) bool: whether each row's chunk, cut to its length, is what follows its position."""
+    """(n,) int64: how many tokens of each row's chunk, cut to its length, stand in the text after its position."""
     longest = int(lengths.max())
     chunks = trie.continuations(rows, longest, first=0)
     ahead = np.arange(longest)
     text = following[np.minimum(positions[:, None] + ahead, len(following) - 1)]
-    return np.asarray(((chunks == text) | (ahead >= lengths[:, None])).all(axis=1))
+    differs = (chunks != text) | (ahead >= lengths[:, None])
+    return np.where(differs.any(axis=1), differs.argmax(axis=1), longest)
 
 
 # ---- Figures
@@ -141,16 +142,30 @@ class TextSize:
 
 def base_figures(proposals: Proposals, size: TextSize) -> dict[str, float]:
     """Perplexity of the base LM."""
-    nll = -np.array([proposals.log_probs[part].sum() for part in proposals.windows()])
-    return _figures(nll, proposals.lengths, size)
+    return _figures(-base_log_likelihoods(proposals), proposals.lengths, size)
+
+
+def base_log_likelihoods(proposals: Proposals) -> np.ndarray:
+    """(W,) log p of each window under the base LM alone."""
+    return np.array([proposals.log_probs[part].sum() for part in proposals.windows()])
+
+
+def compared_figures(log_p: np.ndarray, proposals: Proposals, size: TextSize) -> dict[str, float]:
+    """Perplexity where the windows of these proposals have log-likelihoods log_p (W,).
+
+    ratio: to the base LM's perplexity, its interval over the same windows of both.
+    """
+    gained = base_log_likelihoods(proposals) - log_p
+    lower, upper = _interval(gained, proposals.lengths)
+    ratio = {"ratio": float(np.exp(gained.sum() / size.n_tokens)), "ratio_lower": lower, "ratio_upper": upper}
+    return _figures(-log_p, proposals.lengths, size) | ratio
 
 
 def cdlm_figures(proposals: Proposals, probabilities: np.ndarray, size: TextSize) -> list[dict[str, float]]:
-    """Perplexity of CD-LM under each setting; probabilities (S, N): q at each position.
+    """Perplexity of CD-LM under each setting, compared with the base LM's; probabilities (S, N): q at each position.
 
-    ratio: to the base LM's perplexity, its interval over the same windows of both. coverage and accepted: shares of
-    positions with a proposal, and with one of q >= 1/2; matched: share of the proposals that are what the text says;
-    from_chunks: expected share of the tokens that chunks brought.
+    coverage and accepted: shares of positions with a proposal, and with one of q >= 1/2; matched: share of the
+    proposals that are what the text says; from_chunks: expected share of the tokens that chunks brought.
     """
     log_p = log_likelihoods(proposals, probabilities)
     found = ~np.isnan(proposals.similarities)
@@ -158,16 +173,11 @@ def cdlm_figures(proposals: Proposals, probabilities: np.ndarray, size: TextSize
         "coverage": float(found.mean()),
         "matched": float(proposals.matches[found].mean()) if found.any() else 0.0,
     }
-    of_base = np.array([proposals.log_probs[part].sum() for part in proposals.windows()])
     figures = []
     for q, of_windows in zip(probabilities, log_p, strict=True):
         brought = float((posteriors(proposals, q).accepted * proposals.chunk_lengths).sum())
-        ratio = dict(
-            zip(("ratio_lower", "ratio_upper"), _interval(of_base - of_windows, proposals.lengths), strict=True)
-        )
-        ratio["ratio"] = float(np.exp((of_base - of_windows).sum() / size.n_tokens))
         extra = {"accepted": float((q >= 0.5).mean()), "from_chunks": brought / size.n_tokens}
-        figures.append(_figures(-of_windows, proposals.lengths, size) | ratio | shares | extra)
+        figures.append(compared_figures(of_windows, proposals, size) | shares | extra)
     return figures
 
 

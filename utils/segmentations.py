@@ -8,7 +8,7 @@ A chunk that runs past the end is compared with what is left. α is the same sum
 posterior of each z_n, and EM the acceptance map under which a text is likeliest.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,7 +34,17 @@ class Proposals:
     log_probs: np.ndarray  # (N,) float64: log p(x_n)
     similarities: np.ndarray  # (N,) float64: of the proposal, NaN where there is none
     chunk_lengths: np.ndarray  # (N,) int64: τ, cut at the window's end; 0 where there is no proposal
-    matches: np.ndarray  # (N,) bool: the proposal is what the text says
+    agreeing: np.ndarray  # (N,) int64: how many tokens of the chunk, from its first on, are what the text says
+
+    @property
+    def matches(self) -> np.ndarray:
+        """(N,) bool: the whole proposal is what the text says."""
+        return np.asarray((self.agreeing == self.chunk_lengths) & (self.chunk_lengths > 0))
+
+    def cut(self, n_tokens: int) -> "Proposals":
+        """The same proposals with chunks of at most n_tokens."""
+        lengths, agreeing = (np.minimum(values, n_tokens) for values in (self.chunk_lengths, self.agreeing))
+        return replace(self, chunk_lengths=lengths, agreeing=agreeing)
 
     def windows(self) -> list[slice]:
         ends = np.cumsum(self.lengths).tolist()
@@ -73,6 +83,17 @@ def posteriors(proposals: Proposals, probabilities: np.ndarray) -> Posteriors:
     return Posteriors(total, np.concatenate(accepted), np.concatenate(rejected))
 
 
+def gains(proposals: Proposals, probabilities: np.ndarray) -> np.ndarray:
+    """(N,) what each position's proposal adds to the log-likelihood, in nats, under one setting, probabilities (N,).
+
+    β(n) - log p(x_n) - β(n+1): by what the text from n on becomes likelier where something begins at n. They add up to
+    the log-likelihood's distance from the base LM's, exactly, since β telescopes.
+    """
+    return np.concatenate(
+        [_Lattice(block, probabilities[None, columns]).gains() for block, columns in _blocks(proposals)]
+    )
+
+
 def _blocks(proposals: Proposals) -> list[tuple[Proposals, slice]]:
     """The proposals of some windows at a time, and which positions they are."""
     ends = np.concatenate([[0], np.cumsum(proposals.lengths)])
@@ -80,7 +101,7 @@ def _blocks(proposals: Proposals) -> list[tuple[Proposals, slice]]:
     for first in range(0, len(proposals.lengths), WINDOWS_AT_ONCE):
         last = min(first + WINDOWS_AT_ONCE, len(proposals.lengths))
         columns = slice(int(ends[first]), int(ends[last]))
-        per_position = (proposals.log_probs, proposals.similarities, proposals.chunk_lengths, proposals.matches)
+        per_position = (proposals.log_probs, proposals.similarities, proposals.chunk_lengths, proposals.agreeing)
         block = Proposals(proposals.lengths[first:last], *(values[columns] for values in per_position))
         blocks.append((block, columns))
     return blocks
@@ -98,10 +119,10 @@ class _Lattice:
         windows = np.repeat(self.columns, proposals.lengths)
         last = np.repeat(np.cumsum(proposals.lengths), proposals.lengths)
         self.place = self.n_rows - (last - np.arange(len(windows))), windows
-        log_probs = self._table(proposals.log_probs)
+        self.log_probs = self._table(proposals.log_probs)
         matched = np.where(proposals.matches[None], probabilities, 0.0)
         with np.errstate(divide="ignore"):
-            self.stay = self._tables(np.log1p(-probabilities)) + log_probs[:, None]
+            self.stay = self._tables(np.log1p(-probabilities)) + self.log_probs[:, None]
             self.jump = self._tables(np.log(matched), empty=-np.inf)
         self.target = np.arange(self.n_rows)[:, None] + np.maximum(self._table(proposals.chunk_lengths), 1).astype(int)
 
@@ -130,6 +151,10 @@ class _Lattice:
         rejected = np.exp(alpha[:-1] + self.stay + beta[1:] - beta[0])
         of_position = self.place[0], 0, self.place[1]
         return Posteriors(float(beta[0].sum()), accepted[of_position], rejected[of_position])
+
+    def gains(self) -> np.ndarray:
+        beta = self.backward()[:, 0]
+        return np.asarray((beta[:-1] - beta[1:] - self.log_probs)[self.place])
 
     def _table(self, values: np.ndarray, empty: float = 0.0) -> np.ndarray:
         """(N,) as (T, W)."""

@@ -34,45 +34,56 @@ class TextReader:
 
     def read(self, path: Path) -> tuple[Proposals, TextSize]:
         """Raises InputError where the file holds no passages, none is long enough, or the model has no such ids."""
-        plan = plan_windows(read_passages(path), self.tokenizer, self.shape, self.folder)
-        plan = _first_windows(plan, self.max_windows)
+        plan, size = plan_text(path, self.tokenizer, self.shape, self.max_windows, self.folder)
         require_known_ids(self.lm.model.config, self.lm.name, plan.largest_id)
-        proposals = find_proposals(self.lm, self.datastore, plan, self.batch_size)
-        texts = (self.tokenizer.decode(plan.token_ids(window)[1:]) for window in range(plan.n_windows))
-        return proposals, TextSize(int(proposals.lengths.sum()), sum(len(str(text).encode()) for text in texts))
+        return find_proposals(self.lm, self.datastore, plan, self.batch_size), size
 
 
-def _first_windows(plan: WindowPlan, max_windows: int | None) -> WindowPlan:
+def plan_text(
+    path: Path, tokenizer: PreTrainedTokenizerBase, shape: WindowShape, max_windows: int | None, folder: Path
+) -> tuple[WindowPlan, TextSize]:
+    """The windows of a file of passages that predict something, the first of them where there is a bound, and their size.
+
+    folder: for a temporary file. Raises InputError where the file holds no passages or none is long enough.
+    """
+    plan = plan_windows(read_passages(path), tokenizer, shape, folder)
     # A window of one token predicts nothing.
     kept = np.flatnonzero(plan.lengths > 1)[:max_windows]
-    return replace(plan, starts=plan.starts[kept], lengths=plan.lengths[kept])
+    plan = replace(plan, starts=plan.starts[kept], lengths=plan.lengths[kept])
+    texts = (tokenizer.decode(plan.token_ids(window)[1:]) for window in range(plan.n_windows))
+    n_bytes = sum(len(str(text).encode()) for text in texts)
+    return plan, TextSize(plan.n_tokens - plan.n_windows, n_bytes)
 
 
-def fit_acceptance(reader: TextReader, path: Path, save_dir: Path, q_max: float) -> AcceptanceMap:
-    """Fit g to a text, save it in save_dir with the text's fingerprint and the likelihoods, and return it.
+def fit_maps(path: Path, proposals: Proposals, q_max: float) -> tuple[AcceptanceMap, float]:
+    """The map under which a text, the file's, is likeliest, and the best constant q; the map's origin says how likely.
 
     Raises InputError where the datastore proposes nothing in that text.
     """
-    proposals, size = reader.read(path)
     try:
         fitted, history = fit_map(proposals, q_max)
         constant, _ = fit_map(proposals, q_max, n_knots=1)
     except ValueError as error:
         raise InputError(f"{path}: {error}; give a text of the datastore's domain") from error
-    base = float(proposals.log_probs.sum())
     best = constant.probabilities[0]
     of_constant = float(log_likelihoods(proposals, np.where(np.isnan(proposals.similarities), 0, best)[None]).sum())
     origin = {
         "text": file_fingerprint(path),
         "file": path.name,
-        "tokens": size.n_tokens,
+        "tokens": len(proposals.log_probs),
         "steps": len(history),
-        "log_likelihood_base": base,
+        "log_likelihood_base": float(proposals.log_probs.sum()),
         "log_likelihood_constant": of_constant,
         "log_likelihood_fitted": history[-1],
         "constant": best,
     }
-    fitted = AcceptanceMap(fitted.similarities, fitted.probabilities, origin)
+    return AcceptanceMap(fitted.similarities, fitted.probabilities, origin), best
+
+
+def fit_acceptance(reader: TextReader, path: Path, save_dir: Path, q_max: float) -> AcceptanceMap:
+    """Fit g to a text, save it in save_dir with the text's fingerprint and the likelihoods, and return it."""
+    proposals, _ = reader.read(path)
+    fitted, _ = fit_maps(path, proposals, q_max)
     save_map(save_dir / FITTED_MAP, fitted)
     return fitted
 
