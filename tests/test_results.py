@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.display import format_example, format_table, mark_chunks, use_colour
 from utils.files import InputError
-from utils.generation import AcceptedChunk, Generation, GenerationStats, text_pieces
+from utils.generation import AcceptedChunk, Generation, GenerationStats, Moment, Seen, Trace, text_pieces
 from utils.results import (
     BASELINE,
     SESSION,
@@ -29,6 +29,17 @@ from utils.results import (
 CHUNK = "generation_t0.5"
 SHARED = {"model": "abc", "temperature": 0.8, "max_new_tokens": 6}
 SETTINGS = {BASELINE: SHARED, CHUNK: SHARED | {"similarity_threshold": 0.5}}
+# The prompt, then c, de, f, gh; before f a row was found and not taken.
+TRACE = Trace(
+    [
+        Moment(2, 0.25, 0.0, 0.0, 0),
+        Moment(3, 0.5, 0.0, 0.000001, 0),
+        Moment(5, 0.75, 0.125, 0.000002, 0),
+        Moment(6, 1.0, 0.1875, 0.000002, 0),
+        Moment(8, 1.0, 0.25, 0.000004, 0),
+    ],
+    [Seen(3, 17, 0.75), Seen(5, 0, -0.125), Seen(6, 4, 0.5)],
+)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -39,7 +50,8 @@ def letters(token_ids: list[int]) -> str:
 def chunk_generation(index: int = 0, seconds: float = 1.5) -> Generation:
     """Prompt "ab", then 6 new tokens in 4 forward passes: c, the chunk de, f, the chunk gh cut to length."""
     chunks = [AcceptedChunk(3, [3, 4], 0.75), AcceptedChunk(6, [6, 7], 0.5)]
-    return Generation(index, [0, 1], [2, 3, 4, 5, 6, 7], chunks, GenerationStats(4, seconds, 1.0, 0.25))
+    stats = GenerationStats(4, seconds, 1.0, 0.25)
+    return Generation(index, [0, 1], [2, 3, 4, 5, 6, 7], chunks, stats, TRACE)
 
 
 def baseline_generation(index: int = 0, seconds: float = 2.0) -> Generation:
@@ -120,7 +132,41 @@ def test_prompt_file_holds_both_runs_and_their_figures(tmp_path: Path) -> None:
         },
         "settings": SETTINGS,
         "session": {BASELINE: SESSION, CHUNK: SESSION},
+        "trace": {
+            CHUNK: {
+                "tokens": [2, 3, 5, 6, 8],
+                "draft_tokens": [0, 0, 0, 0, 0],
+                "proposal_positions": [3, 5, 6],
+                "proposal_rows": [17, 0, 4],
+                "proposal_similarities": [0.75, -0.125, 0.5],
+                "lm_us": [250_000, 250_000, 250_000, 250_000, 0],
+                "retrieval_us": [0, 0, 125_000, 62_500, 62_500],
+                "rest_us": [0, 1, 1, 0, 2],
+            }
+        },
     }
+
+
+def test_a_run_is_read_as_it_was_saved_with_every_step_and_proposal(tmp_path: Path) -> None:
+    save_chunk(tmp_path)
+    save_baseline(tmp_path)
+    found = read_run(tmp_path, 0, CHUNK)
+    assert found.trace is not None
+    assert found.trace.proposals == TRACE.proposals
+    for got, saved in zip(found.trace.moments, TRACE.moments, strict=True):
+        assert tuple(got) == pytest.approx(tuple(saved), abs=1e-12)
+    assert (found.token_ids, found.chunks) == (chunk_generation().token_ids, chunk_generation().chunks)
+    assert read_run(tmp_path, 0, BASELINE).trace is None
+
+
+def test_a_file_of_before_traces_were_kept_is_read_and_added_to(tmp_path: Path) -> None:
+    save_chunk(tmp_path)
+    old = stored(tmp_path)
+    del old["trace"]
+    prompt_path(tmp_path, 0).write_text(json.dumps(old))
+    assert read_run(tmp_path, 0, CHUNK).trace is None
+    save_baseline(tmp_path)
+    assert stored(tmp_path)["trace"] == {}
 
 
 def test_file_is_the_same_whichever_run_came_first(tmp_path: Path) -> None:
@@ -300,6 +346,12 @@ def _with(value: Any, *keys: str) -> Callable[[dict[str, Any]], None]:
         _with(3, "generation", "generation_t0.5_retrieved_phrases"),
         _with("2", "metrics", CHUNK, "new_tokens"),
         _with("fast", "metrics", CHUNK, "tts"),
+        _with([], "trace"),
+        _with({}, "trace", CHUNK),
+        _with([2, 3], "trace", CHUNK, "tokens"),
+        _with([3, 5], "trace", CHUNK, "proposal_positions"),
+        _with(["a", 0.5, 0.5], "trace", CHUNK, "proposal_similarities"),
+        _with([0.5, 1, 2], "trace", CHUNK, "proposal_rows"),
     ],
 )
 def test_damaged_file_is_refused_with_its_path(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:

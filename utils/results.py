@@ -1,10 +1,12 @@
 """Results: `prompt_{i}.json` with every run of one prompt, and `summary.json` over all prompts.
 
-A prompt's file has five parts. `generation`: `prefix` (the prompt's text) and per run `{run}_text` (what follows it),
+A prompt's file has six parts. `generation`: `prefix` (the prompt's text) and per run `{run}_text` (what follows it),
 `{run}_tokens` (one flat list, the prompt's first) and in chunk mode `{run}_retrieved_phrases`. `time`: seconds per run.
 `metrics`: per run, what was counted. `settings`: per run, what decided its tokens. `session`: the process that timed
-it, since times of two processes compare badly. A run adds its own keys and never drops another's; its numbers are those
-of the paper's section 6, FPS and TTS among them.
+it, since times of two processes compare badly. `trace`: per run, columns of what happened step by step: `tokens` (of
+the flat list, when the prompt was read and after each step), what each took, and every proposal, accepted or not; files
+of before it was kept have none. A run adds its own keys and never drops another's; its numbers are those of the paper's
+section 6, FPS and TTS among them.
 """
 
 import json
@@ -20,11 +22,11 @@ from typing import Any, Literal
 import numpy as np
 
 from utils.files import InputError, make_folder, read_json, replacing, write_json
-from utils.generation import AcceptedChunk, Decode, Generation, GenerationStats, text_pieces
+from utils.generation import AcceptedChunk, Decode, Generation, GenerationStats, Moment, Seen, Trace, text_pieces
 
 BASELINE = "baseline_generation"
 SUMMARY = "summary.json"
-SECTIONS = ("generation", "time", "metrics", "settings", "session")
+SECTIONS = ("generation", "time", "metrics", "settings", "session", "trace")
 COUNTS = ("prompt_tokens", "new_tokens", "forward_passes", "chunks_accepted", "tokens_from_chunks")
 DRAFT_COUNTS = ("drafts", "draft_tokens", "accepted_tokens")
 SECONDS = ("seconds", "lm_seconds", "retrieval_seconds")
@@ -36,7 +38,7 @@ Results = dict[str, dict[str, Any]]
 
 _FILE_NAME = re.compile(r"prompt_(0|[1-9]\d*)\.json")
 _RUN_NAME = re.compile(r"(verify_)?generation_t(-?\d+\.?\d*(?:e-?\d+)?)")
-_LIST_OF_NUMBERS = re.compile(r"\[\n([-\d,\s]+)\]")
+_LIST_OF_NUMBERS = re.compile(r"\[\n([-\d.e,\s]+)\]")
 
 
 def run_name(decoding: Literal["baseline", "chunk", "verify"], similarity_threshold: float) -> str:
@@ -179,7 +181,28 @@ def save_run(
     results["metrics"][name] = _metrics(generation, nll)
     results["settings"][name] = _as_stored(settings)
     results["session"][name] = session
+    if generation.trace is not None:
+        results["trace"][name] = _trace_columns(generation.trace)
     _write(path, results)
+
+
+def _trace_columns(trace: Trace) -> dict[str, list[Any]]:
+    tokens, lm, retrieval, rest, drafted = zip(*trace.moments, strict=True)
+    positions, rows, similarities = zip(*trace.proposals, strict=True) if trace.proposals else ((), (), ())
+    columns = {"tokens": tokens, "draft_tokens": drafted}
+    columns |= {"proposal_positions": positions, "proposal_rows": rows, "proposal_similarities": similarities}
+    seconds = {"lm_us": lm, "retrieval_us": retrieval, "rest_us": rest}
+    microseconds = {key: np.diff(np.rint(np.array(so_far) * 1e6), prepend=0) for key, so_far in seconds.items()}
+    listed = {key: column.astype(np.int64).tolist() for key, column in microseconds.items()}
+    return {key: list(column) for key, column in columns.items()} | listed
+
+
+def _trace_of(columns: Mapping[str, list[Any]]) -> Trace:
+    seconds = [np.cumsum(columns[key]) / 1e6 for key in ("lm_us", "retrieval_us", "rest_us")]
+    moments = zip(columns["tokens"], *(so_far.tolist() for so_far in seconds), columns["draft_tokens"], strict=True)
+    names = ("proposal_positions", "proposal_rows", "proposal_similarities")
+    proposals = zip(*(columns[name] for name in names), strict=True)
+    return Trace([Moment(*moment) for moment in moments], [Seen(*seen) for seen in proposals])
 
 
 def _metrics(generation: Generation, nll: float | None) -> dict[str, Any]:
@@ -280,10 +303,12 @@ def _read(path: Path) -> Results:
     """A prompt's file; raises InputError where it is damaged or something else."""
     results = read_json(path)
     try:
+        results.setdefault("trace", {})
         is_sound = isinstance(results["generation"]["prefix"], str)
         is_sound &= all(isinstance(results[section], dict) for section in SECTIONS)
         is_sound &= all(_is_sound_run(results, name) for name in results["settings"])
         is_sound &= results["metrics"].keys() == results["settings"].keys() == results["session"].keys()
+        is_sound &= all(_is_sound_trace(columns) for columns in results["trace"].values())
     except (KeyError, TypeError, AttributeError):
         is_sound = False
     if not is_sound:
@@ -307,6 +332,14 @@ def _is_sound_run(results: Results, name: str) -> bool:
     return metrics["prompt_tokens"] + metrics["new_tokens"] == len(token_ids)
 
 
+def _is_sound_trace(columns: Mapping[str, Any]) -> bool:
+    of_steps = [columns[key] for key in ("tokens", "draft_tokens", "lm_us", "retrieval_us", "rest_us")]
+    of_proposals = [columns[key] for key in ("proposal_positions", "proposal_rows", "proposal_similarities")]
+    is_even = all(len({len(column) for column in group}) == 1 for group in (of_steps, of_proposals))
+    has_similarities = all(isinstance(value, int | float) for value in columns["proposal_similarities"])
+    return is_even and has_similarities and all(map(_are_ids, (*of_steps, *of_proposals[:2])))
+
+
 def _are_ids(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
@@ -323,7 +356,8 @@ def read_run(save_dir: Path, index: int, name: str) -> Generation:
     chunks = [AcceptedChunk(phrase["position"], phrase["token_ids"], phrase["similarity"]) for phrase in phrases]
     seconds, lm_seconds, retrieval_seconds = (float(metrics[key]) for key in SECONDS)
     stats = GenerationStats(metrics["forward_passes"], seconds, lm_seconds, retrieval_seconds)
-    return Generation(index, prompt_ids, generation[f"{name}_tokens"][len(prompt_ids) :], chunks, stats)
+    trace = _trace_of(results["trace"][name]) if name in results["trace"] else None
+    return Generation(index, prompt_ids, generation[f"{name}_tokens"][len(prompt_ids) :], chunks, stats, trace)
 
 
 # ---- All prompts
