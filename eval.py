@@ -14,6 +14,7 @@ from pathlib import Path
 
 from utils.cli import (
     Parser,
+    StageParser,
     add_datastore_labels,
     add_excluded_tries,
     add_model,
@@ -35,7 +36,7 @@ from utils.token_trie import find_trie_folder, read_token_id_list
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = StageParser(__doc__)
     add_model(parser)
     source = parser.add_argument_group("datastore (not needed with --gen_baseline_only)")
     source.add_argument("--token_trie_dir", type=Path, help="the --output_dir of stage 3, or a trie folder in it")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.cli import Parser, add_model, boolean, plain_name, positive_int, run_script
+from utils.cli import StageParser, add_model, boolean, plain_name, positive_int, run_script
 from utils.corpora import Passage, read_passages, split_path
 from utils.expert_spans import N_SPANS, write_expert_spans
 from utils.extraction_output import (
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = StageParser(__doc__)
     add_model(parser)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder that preprocess_dataset.py wrote")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the output")

@@ -18,9 +18,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from utils.cli import Parser, add_datastore_labels, add_excluded_tries, non_negative_int, positive_int, run_script
+from utils.cli import StageParser, add_datastore_labels, add_excluded_tries, non_negative_int, positive_int, run_script
 from utils.context_vectors import HiddenStates, open_hidden_states, write_all_context_vectors
 from utils.files import (
     InputError,
@@ -33,6 +31,7 @@ from utils.files import (
     sole_writer,
     sole_writer_of_part,
 )
+from utils.progress import ProgressBar
 from utils.token_probs import read_extraction
 from utils.token_trie import (
     HIDDEN_STATES_MANIFEST,
@@ -47,7 +46,7 @@ from utils.token_trie import (
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = StageParser(__doc__)
     parser.add_argument("--save_dir", type=Path, required=True, help="the --output_dir of stage 3, or the trie folder")
     add_datastore_labels(parser, "--dataset_name")
     parser.add_argument("--idx_to_seqlen_path", type=Path, required=True, help="stage 2's map of windows to lengths")
@@ -102,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         there = set(entry_tokens_with_vectors(folder))
         chosen = set(token_ids[first:end]).difference(excluded)
         todo = sorted(chosen - there if listed is None else chosen & listed)
-        with tqdm(total=len(todo), desc="gathering context vectors", unit="trie", disable=not todo) as bar:
+        with ProgressBar(total=len(todo), desc="gathering context vectors", unit="trie", disable=not todo) as bar:
             for n_written in write_all_context_vectors(folder, todo, hidden_states, args.max_workers):
                 bar.update(n_written)
         if todo:  # other slices may have ended too

@@ -18,7 +18,7 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from utils.cli import Parser, add_cache_dir, positive_int, run_script, share
+from utils.cli import StageParser, add_cache_dir, positive_int, run_script, share
 from utils.corpora import (
     CORPORA,
     INPUT_SUFFIXES,
@@ -49,7 +49,7 @@ NEEDS_NO_HUB = ("python-docs", "local")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = StageParser(__doc__)
     parser.add_argument("--dataset", required=True, choices=tuple(CORPORA), help="name of the dataset")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder that the split files go to")
     add_cache_dir(parser)
@@ -85,7 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def check_flags(parser: Parser, args: argparse.Namespace) -> None:
+def check_flags(parser: StageParser, args: argparse.Namespace) -> None:
     """Answer flags that do not go together, and set the defaults of those that not every dataset has."""
     is_local = args.dataset == "local"
     has_no_splits = isinstance(CORPORA[args.dataset], WithoutSplits)

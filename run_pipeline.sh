@@ -33,6 +33,7 @@ chunk_flags=()    # stage 3
 trie_flags=()     # stage 4
 eval_flags=()     # stage 5
 environment=()    # variables set for a stage
+shown_flags=()    # all stages
 
 usage() {
     cat <<END
@@ -74,6 +75,8 @@ Generation
 Output
   --output_dir DIR           for everything (default: output/DATASET in the repository)
   --overwrite                replace generations there that were made with other settings
+  --quiet                    show results and errors only: no commands, no progress bars
+  --verbose                  also say what is read and how long each part takes
   --help                     this text
 END
 }
@@ -97,6 +100,11 @@ parse_flags() {
             ;;
         --chat | --overwrite)
             eval_flags+=("$1")
+            shift
+            continue
+            ;;
+        --quiet | --verbose)
+            shown_flags=("$1")
             shift
             continue
             ;;
@@ -227,9 +235,12 @@ check() {
 # run STAGE...: show its command and run it.
 run() {
     "$@"
-    printf '\n+'
-    printf ' %q' "${environment[@]}" python "$here${command[0]}" "${command[@]:1}"
-    printf '\n'
+    command+=("${shown_flags[@]}")
+    if [[ ${shown_flags[*]} != --quiet ]]; then
+        printf '\n+'
+        printf ' %q' "${environment[@]}" python "$here${command[0]}" "${command[@]:1}"
+        printf '\n'
+    fi
     env "${environment[@]}" "$python" "$here${command[0]}" "${command[@]:1}"
 }
 

@@ -20,18 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from utils.chunk_lists import ChunkListPaths, ChunkRule, Corpus, write_chunk_lists
-from utils.cli import Parser, add_cache_dir, add_datastore_labels, non_negative_int, run_script
+from utils.cli import StageParser, add_cache_dir, add_datastore_labels, non_negative_int, run_script
 from utils.expert_spans import FINGERPRINT, SOURCES, read_expert_spans
 from utils.files import InputError, Manifest, begin_stage, finish_stage, make_folder, require_folder, sole_writer
+from utils.progress import ProgressBar, phase
 from utils.token_probs import read_extraction, windows_with_token_probs
 from utils.token_trie import MANIFEST, STAGE, entry_token_ids, require_no_strays, trie_folder_path, write_tries
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = StageParser(__doc__)
     parser.add_argument(
         "--token_prob_dir", type=Path, required=True, help="stage 2's {output_dir}/{partition}, or its --output_dir"
     )
@@ -125,10 +124,12 @@ def run(args: argparse.Namespace, corpus: Corpus, extraction: Manifest) -> None:
         print(f"Nothing to do: {summary(folder, manifest)}")
         return
     rule = ChunkRule(args.tok_prob_threshold, args.skip_first_tokens, args.max_chunk_length, args.chunk_source)
-    rows = write_chunk_lists(corpus, rule, lists, partial(tqdm, desc="finding chunks", unit="window"))
+    with phase(f"reading {corpus.n_windows} windows in {corpus.token_prob_dir}"):
+        rows = write_chunk_lists(corpus, rule, lists, partial(ProgressBar, desc="finding chunks", unit="window"))
     counts = {"windows": corpus.n_windows, "tokens": len(rows.token_ids)}
     finish_stage(lists.manifest, lists_manifest, counts)
-    n_entry_tokens = write_tries(folder, rows, partial(tqdm, desc="writing token tries", unit="trie"))
+    with phase(f"sorting and writing {len(rows)} chunks"):
+        n_entry_tokens = write_tries(folder, rows, partial(ProgressBar, desc="writing token tries", unit="trie"))
     counts |= {"entry_tokens": n_entry_tokens, "rows": len(rows), "plateaus": len(rows.plateaus)}
     if corpus.expert_spans is not None:
         n_in_chunks = corpus.expert_spans.n_spans_at(rows.windows, rows.positions + 1)

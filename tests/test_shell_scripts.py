@@ -127,6 +127,15 @@ def test_example_runs_the_five_stages_and_shows_them(checkout: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_failure")
+@pytest.mark.parametrize(("flag", "n_shown"), [("--quiet", 0), ("--verbose", 5)])
+def test_every_stage_is_told_how_much_to_show(checkout: Path, flag: str, n_shown: int) -> None:
+    done = pipeline(flag, folder=checkout, script=checkout / "run_pipeline.sh")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[-1] for line in commands(checkout)] == [flag] * 5
+    assert sum(line.startswith("+ ") for line in done.stdout.splitlines()) == n_shown
+
+
+@pytest.mark.usefixtures("no_failure")
 def test_distillation_reads_the_text_with_both_models(checkout: Path, tmp_path: Path) -> None:
     models = [tmp_path / name for name in ("teacher", "student")]
     for model in models:

@@ -2,11 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from utils.files import InputError
+from utils.progress import set_verbosity
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +18,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+class StageParser(Parser):
+    """The parser of a stage: it also takes, and obeys, the flags that say how much is shown on the way."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        shown = self.add_mutually_exclusive_group()  # added here, to come last in the help
+        shown.add_argument("--quiet", action="store_true", help="show results and errors only, no progress bars")
+        shown.add_argument("--verbose", action="store_true", help="also say what is read and how long each part takes")
+        parsed = super().parse_args(args, namespace)
+        set_verbosity(quiet=parsed.quiet, verbose=parsed.verbose)
+        return parsed
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -5,6 +5,7 @@ that many small tries cost few passes over it; a huge trie is gathered in blocks
 load numpy and h5py, never torch.
 """
 
+import logging
 import os
 import signal
 import threading
@@ -22,6 +23,7 @@ from utils.files import InputError, Manifest, n_cores
 from utils.hidden_states import map_all_hidden_states, read_index_map
 from utils.token_trie import positions_path, read_trie_positions, write_context_vectors
 
+LOGGER = logging.getLogger(__name__)
 # Bytes of context vectors that a worker holds at a time (twice, while it puts them in order).
 BLOCK_BYTES = 1 << 26
 # The least that a row takes in tok_pos_{id}.json, "[0, 0], ".
@@ -154,6 +156,7 @@ def write_all_context_vectors(
     n_workers = min(max_workers, n_cores())
     batches = _batches(folder, entry_token_ids, hidden_states, n_workers)
     n_workers = min(n_workers, len(batches))
+    LOGGER.debug("%s tries in %s batches, %s processes", len(entry_token_ids), len(batches), max(n_workers, 1))
     if n_workers <= 1:
         gatherer = Gatherer(folder, hidden_states) if batches else None
         for batch in batches:

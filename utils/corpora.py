@@ -9,6 +9,7 @@ A new dataset is one function that yields its passages, and one line in `CORPORA
 
 import hashlib
 import json
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -19,12 +20,12 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from utils.expert_spans import cuts_character
 from utils.files import InputError, file_fingerprint, iter_json_list, json_list_writer, open_text, require_file
+from utils.progress import ProgressBar
 from utils.python_docs import python_docs
 
+LOGGER = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 INPUT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 # The medical instructions come without a validation split: it is cut off the end of train.
@@ -117,6 +118,7 @@ def write_splits(source: Source, rule: SplitRule, folder: Path, max_passages: in
     """
     corpus = CORPORA[source.dataset]
     missing = [split for split in SPLITS if split not in splits_in(folder)]
+    LOGGER.debug("reading %s from %s for %s", source.dataset, source.input_files or "its corpus", missing or "nothing")
     sizes: dict[str, SplitSize] = {}
     if isinstance(corpus, WithSplits):
         for split in missing:
@@ -146,7 +148,7 @@ def _write(
     total = max_passages and max_passages * len(unfilled)
     with ExitStack() as stack:
         writers = {split: stack.enter_context(json_list_writer(split_path(folder, split))) for split in splits}
-        bar = stack.enter_context(tqdm(desc=desc, unit=" passages", total=total))
+        bar = stack.enter_context(ProgressBar(desc=desc, unit="passages", total=total))
         for split, passage in routed:
             if split in unfilled:
                 spans = {} if passage.spans is None else {"spans": passage.spans}
@@ -157,6 +159,7 @@ def _write(
                     unfilled = unfilled - {split}
             if not unfilled:
                 break
+        bar.end()
     return sizes
 
 
@@ -398,7 +401,7 @@ def _is_input(file: Path, folder: Path) -> bool:
 
 def files_fingerprint(files: Iterable[Path]) -> str:
     """SHA-256 over the kinds and contents of files in their order; their names and places do not count."""
-    bar = tqdm(files, desc="looking at the input", unit="file", leave=False)
+    bar = ProgressBar(files, desc="looking at the input", unit="file", leave=False)
     kinds_and_contents = [(file.suffix.lower(), file_fingerprint(file)) for file in bar]
     return hashlib.sha256(repr(kinds_and_contents).encode()).hexdigest()
 

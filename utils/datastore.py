@@ -7,6 +7,7 @@ Rows are prefix-sorted over all depths (a chunk before those it is a prefix of),
 Context vectors are float32 of length 1. Pickles are read by an unpickler that knows arrays and nothing else.
 """
 
+import logging
 import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.chunks import sort_chunks
 from utils.files import (
@@ -34,6 +34,7 @@ from utils.files import (
     require_file,
     sole_writer,
 )
+from utils.progress import ProgressBar
 from utils.search import VectorIndex
 from utils.token_trie import (
     HIDDEN_STATES_MANIFEST,
@@ -44,6 +45,7 @@ from utils.token_trie import (
     read_trie_rows,
 )
 
+LOGGER = logging.getLogger(__name__)
 FOLDER = "individual_flattened_tries"
 STAGE = "eval.py"
 SAFE_GLOBALS = {("numpy", "dtype"), ("numpy._core.numeric", "_frombuffer")}
@@ -145,7 +147,7 @@ class Datastore:
     def load_all(self) -> None:
         """Move every trie to the device and keep it there, whatever the bound."""
         self._max_bytes = 2**63
-        for entry_token_id in tqdm(sorted(self.n_rows), desc="loading token tries", unit="trie"):
+        for entry_token_id in ProgressBar(sorted(self.n_rows), desc="loading token tries", unit="trie"):
             self.trie(entry_token_id)
 
 
@@ -170,6 +172,7 @@ def open_datastore(
         for token_id, n in n_rows.items()
         if token_id not in excluded and (max_rows is None or n <= max_rows)
     }
+    LOGGER.debug("%s: %s tries, %s chunks", trie_folder, len(kept), sum(kept.values()))
     return Datastore(trie_folder / FOLDER, kept, source.inputs["hidden_size"], device, max_bytes)
 
 
@@ -193,7 +196,7 @@ def _flatten(trie_folder: Path, reprocess: bool) -> dict[int, int]:
         manifest = begin_stage(make_folder(folder) / MANIFEST, STAGE, {}, inputs)
         token_ids = datastore_token_ids(trie_folder)
         n_rows = {}
-        for token_id in tqdm(token_ids, desc="flattening token tries", unit="trie", disable=not token_ids):
+        for token_id in ProgressBar(token_ids, desc="flattening token tries", unit="trie", disable=not token_ids):
             n_rows[str(token_id)] = _flatten_trie(trie_folder, folder, token_id)
         finish_stage(path, manifest, {"rows": n_rows})
         return _rows_by_token(path, manifest)

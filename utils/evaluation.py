@@ -1,6 +1,7 @@
 """What stage 5 does: check that model, prompts and datastore belong together, generate what is not there yet, report."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from utils.acceptance import Acceptance, read_map
@@ -32,6 +32,7 @@ from utils.models import (
     tokenizer_fingerprint,
 )
 from utils.perplexity import negative_log_likelihood
+from utils.progress import ProgressBar, phase
 from utils.prompts import Prompt, encode_prompts, require_room
 from utils.results import (
     BASELINE,
@@ -49,6 +50,7 @@ from utils.text_evaluation import FITTED_MAP, TextReader, evaluate_perplexity, f
 from utils.token_trie import HIDDEN_STATES_MANIFEST
 from utils.windows import WindowShape
 
+LOGGER = logging.getLogger(__name__)
 WARM_UP_TOKENS = 8
 BYTES_PER_GB = 10**9
 
@@ -144,11 +146,12 @@ class Evaluation:
         decodings = {name: self._decoding(name, lm) for name in self._settings()}
         if self._args.cuda_graphs:
             decodings = self._with_graphs(lm, decodings)
-        self._warm_up(lm, decodings)
+        with phase("warming up"):
+            self._warm_up(lm, decodings)
         if self._args.stream:
             stream = TokenStream(sys.stdout, self._decode, use_colour(sys.stdout))
             decodings = {name: replace(each, on_tokens=stream.write) for name, each in decodings.items()}
-        with tqdm(total=sum(map(len, pending)), desc="generating", unit="run", disable=self._args.stream) as bar:
+        with ProgressBar(total=sum(map(len, pending)), desc="generating", unit="run", disable=self._args.stream) as bar:
             for n_turn, indices in enumerate(self._batches(pending)):
                 names = list(decodings)
                 # Each goes first half of the time, so that neither always finds the caches warm.
@@ -159,6 +162,7 @@ class Evaluation:
                     for generation in decode(lm, requests, decodings[name]):
                         self._save(lm, name, generation)
                         bar.update()
+                        LOGGER.debug("prompt %s, %s: %s", generation.index, name, _cost_of(generation))
 
     def report(self, colour: bool) -> str:
         """The table of all runs, one generation with its chunks marked, and where the files are, for this stream."""
@@ -301,6 +305,12 @@ def eos_token_ids(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> frozenset
     if found is None:
         found = tokenizer.eos_token_id
     return frozenset(() if found is None else [found] if isinstance(found, int) else found)
+
+
+def _cost_of(generation: Generation) -> str:
+    stats, n_tokens = generation.stats, len(generation.new_token_ids)
+    passes = f"{n_tokens} tokens in {stats.forward_passes} forward passes, {stats.seconds:.2f} s"
+    return f"{passes} ({stats.lm_seconds:.2f} in the LM, {stats.retrieval_seconds:.2f} in retrieval)"
 
 
 def _describe(similarities: np.ndarray, acceptance: Acceptance) -> str:

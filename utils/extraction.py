@@ -5,6 +5,7 @@ nothing of what is on disk; one is skipped where all its windows are whole, else
 goes on where another was cut off writes the same bytes.
 """
 
+import logging
 import math
 import time
 from collections import deque
@@ -17,17 +18,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.files import InputError
 from utils.hidden_states import write_hidden_states
 from utils.models import CausalLM
+from utils.progress import ProgressBar
 from utils.token_probs import read_token_probs, token_probs_path, write_token_probs
 from utils.windows import WindowPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LOGGER = logging.getLogger(__name__)
 # Logits are made float32 for so many values at a time: 64 MiB, beside the model's own logits.
 SLICE_VALUES = 1 << 24
 # Batches that wait for the writer, in memory; more would not help a disk that is slower than the model.
@@ -98,7 +100,7 @@ def read_nll(plan: WindowPlan, folder: Path, windows: np.ndarray) -> np.ndarray:
     Raises InputError where a file is damaged or holds other tokens than the plan.
     """
     nll = np.zeros(len(windows))
-    bar = tqdm(windows.tolist(), desc="reading what is there", unit="window", disable=not len(windows))
+    bar = ProgressBar(windows.tolist(), desc="reading what is there", unit="window", disable=not len(windows))
     for row, window in enumerate(bar):
         _, token_ids, probabilities = read_token_probs(folder, window)
         if not np.array_equal(token_ids, plan.token_ids(window)):
@@ -187,6 +189,7 @@ def extract(
     others = np.setdiff1d(np.arange(plan.n_windows), computed)
     nll = np.zeros(plan.n_windows)
     nll[others] = read_nll(plan, folder, others)
+    LOGGER.debug("%s of %s windows are to be read by %s", len(computed), plan.n_windows, lm.name)
     start = time.perf_counter()
     writer = WindowWriter(folder, tokenizer, plan.largest_id + 1)
     nll[computed] = np.concatenate([np.zeros(0), *_run_batches(lm, writer, plan, batches, hidden_dtype)])
@@ -202,7 +205,7 @@ def _run_batches(
 ) -> Iterator[np.ndarray]:
     """Each batch's negative log-likelihoods, once its files are written: in a thread, while the model goes on."""
     n_tokens = sum(int(plan.lengths[windows].sum()) for windows in batches)
-    bar = tqdm(total=n_tokens, desc="extracting", unit="tok", unit_scale=True, disable=not batches)
+    bar = ProgressBar(total=n_tokens, desc="extracting", unit="tok", unit_scale=True, disable=not batches)
     pending: deque[Future[np.ndarray]] = deque()
     with bar, ThreadPoolExecutor(max_workers=1) as thread:
         try:

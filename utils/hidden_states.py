@@ -13,9 +13,9 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
 from utils.files import InputError, read_json, replacing, require_file, write_json
+from utils.progress import ProgressBar
 
 DATASET = "all_hidden_states"
 COPY_BYTES = 1 << 24
@@ -157,7 +157,7 @@ def discard_intermediates(files: HiddenStateFiles, shape: HiddenStateShape) -> N
 
 
 def _write_dat(files: HiddenStateFiles, lengths: np.ndarray, shape: HiddenStateShape) -> None:
-    bar = tqdm(total=shape.n_bytes, desc=files.dat.name, unit="B", unit_scale=True)
+    bar = ProgressBar(total=shape.n_bytes, desc=files.dat.name, unit="B", unit_scale=True)
     with bar, replacing(files.dat) as temporary, open(temporary, "wb") as file:
         for window, length in enumerate(lengths.tolist()):
             array = read_hidden_states(files.folder, window)
@@ -171,7 +171,7 @@ def _write_dat(files: HiddenStateFiles, lengths: np.ndarray, shape: HiddenStateS
 
 
 def _write_h5(files: HiddenStateFiles, shape: HiddenStateShape) -> None:
-    bar = tqdm(total=shape.n_bytes, desc=files.h5.name, unit="B", unit_scale=True)
+    bar = ProgressBar(total=shape.n_bytes, desc=files.h5.name, unit="B", unit_scale=True)
     with bar, replacing(files.h5) as temporary:
         offset = _create_h5(temporary, shape)
         # The rows are written past HDF5, whose errors on a full disk leave its file open and surface at exit.

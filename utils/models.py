@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from utils.files import InputError, file_fingerprint, n_cores, read_json
+from utils.progress import phase
 
 # What a config says beside what the forward pass computes: where it is from, what text ends with, how texts are drawn.
 NOT_OF_THE_FORWARD_PASS = {
@@ -156,7 +157,7 @@ def load_lm(model_path: str, device: str = "auto", dtype: str = "auto", cache_di
     where = pick_device(device)
     weights_dtype = ("float32" if where.type == "cpu" else "auto") if dtype == "auto" else dtype
     try:
-        with _quiet():
+        with phase(f"loading {model_path} in {weights_dtype} onto {where}"), _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 model_path, config=config, dtype=weights_dtype, cache_dir=cache_dir, output_loading_info=True
             )

@@ -6,6 +6,7 @@ depends on the text, the tokenizer and the flags alone, and never on what an ear
 """
 
 import hashlib
+import logging
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
@@ -14,16 +15,17 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from utils.expert_spans import ExpertSpans, token_bounds
 from utils.files import InputError
+from utils.progress import ProgressBar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from utils.corpora import Passage
 
+LOGGER = logging.getLogger(__name__)
 # Passages are tokenised together until they hold this many characters: enough for all of a fast tokenizer's threads.
 TOKENIZED_CHARACTERS = 1 << 18
 
@@ -101,7 +103,7 @@ def plan_windows(
     size, for the progress bar. Raises InputError where no passage is long enough, a span touches no token, or the
     folder's disk is full.
     """
-    bar = tqdm(total=n_bytes, desc="tokenising", unit="B", unit_scale=True, disable=n_bytes is None)
+    bar = ProgressBar(total=n_bytes, desc="tokenising", unit="B", unit_scale=True, disable=n_bytes is None)
     try:
         with bar, tempfile.TemporaryFile(dir=folder) as file:
             draft = _Draft(shape, file)
@@ -110,10 +112,12 @@ def plan_windows(
                     draft.add(np.array(token_ids, dtype=np.int32), bounds)
                 bar.update(sum(len(passage.text) for passage in group))
             bar.update(max((n_bytes or 0) - bar.n, 0))  # what JSON adds to the text, escapes and braces
-            return draft.plan()
+            plan = draft.plan()
     except OSError as error:
         message = f"{folder}: the text's token ids cannot be written there ({error.strerror})"
         raise InputError(f"{message}; free space or choose another folder") from error
+    LOGGER.debug("%s passages, %s windows, %s tokens", plan.n_passages, plan.n_windows, plan.n_tokens)
+    return plan
 
 
 @dataclass
