@@ -141,9 +141,10 @@ def _batches(
     """All windows in order, `BATCH_WINDOWS` at a time; `write` gets each one's JSON."""
     digest = hashlib.sha256()
     numbers = iter(progress(range(corpus.n_windows)))
-    while group := list(islice(numbers, BATCH_WINDOWS)):
+    # The next number is taken when its window's turn has come, which is what the progress bar shows.
+    for first in range(0, corpus.n_windows, BATCH_WINDOWS):
         texts, token_ids, probabilities = [], [], []
-        for number in group:
+        for number in islice(numbers, BATCH_WINDOWS):
             window_texts, ids, probs, line = read_token_probs_and_json(corpus.token_prob_dir, number)
             _require_known(corpus, number, ids)
             digest.update(window_bytes(ids))
@@ -151,9 +152,7 @@ def _batches(
             texts += window_texts
             token_ids.append(ids)
             probabilities.append(probs)
-        yield _Batch(
-            group[0], list(map(len, token_ids)), texts, np.concatenate(token_ids), np.concatenate(probabilities)
-        )
+        yield _Batch(first, list(map(len, token_ids)), texts, np.concatenate(token_ids), np.concatenate(probabilities))
     if digest.hexdigest() != corpus.windows_fingerprint:
         where = f"{corpus.token_prob_dir}: its windows are not those that its manifest was written for"
         raise InputError(f"{where}; run stage 2 again in an empty folder")
