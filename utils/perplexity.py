@@ -4,7 +4,7 @@ The LM reads every window once. The proposals of all positions are found togethe
 token; any number of acceptance settings is then evaluated from them (`utils.segmentations`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,60 +48,72 @@ def find_proposals(lm: CausalLM, datastore: Datastore | None, plan: WindowPlan, 
     Raises InputError where the model computes NaN or infinity.
     """
     lengths = plan.lengths - 1
-    starts = np.cumsum(lengths) - lengths
     n = int(lengths.sum())
     found = Proposals(lengths, np.zeros(n), np.full(n, np.nan), *np.zeros((2, n), dtype=np.int64))
-    batches = plan_batches(plan.lengths, batch_size)
-    with ProgressBar(total=n, desc="finding proposals", unit="tok", unit_scale=True) as bar:
-        for group in _groups(batches, plan.lengths, lm.hidden_size):
-            entries, places, queries, following, left = [], [], [], [], []
-            for windows in group:
-                token_ids = plan.batch_token_ids(windows)
-                scores = score_windows(lm, token_ids, np.dtype(np.float32))
-                assert scores.hidden_states is not None
-                for row, window in enumerate(windows.tolist()):
-                    require_sound(window, row, scores)
-                    at = starts[window] + np.arange(lengths[window])
-                    found.log_probs[at] = scores.log_probs[row, 1:]
-                    entries.append(token_ids[row, :-1])
-                    places.append(at)
-                    queries.append(scores.hidden_states[row, :-1])
-                    following.append(token_ids[row, 1:])
-                    left.append(np.arange(lengths[window], 0, -1))
-                bar.update(int(lengths[windows].sum()))
-            if datastore is not None:
-                asked = _Asked(*(np.concatenate(column) for column in (entries, places, queries, following, left)))
-                _look_up(found, datastore, asked)
+    for positions in gathered(read_positions(lm, plan, batch_size)):
+        found.log_probs[positions.places] = positions.log_probs
+        if datastore is not None:
+            look_up(found, datastore, positions)
     return found
 
 
-def _groups(batches: list[np.ndarray], lengths: np.ndarray, hidden_size: int) -> Iterator[list[np.ndarray]]:
-    """Batches whose hidden states fit in memory together."""
-    group: list[np.ndarray] = []
-    n_numbers = 0
-    for windows in batches:
-        size = int(lengths[windows].sum()) * hidden_size
-        if group and n_numbers + size > HIDDEN_NUMBERS_AT_ONCE:
-            yield group
-            group, n_numbers = [], 0
-        group.append(windows)
-        n_numbers += size
-    if group:
-        yield group
-
-
 @dataclass(frozen=True)
-class _Asked:
-    """Positions to find proposals for, those of a window together in order; each array is of length n."""
+class Positions:
+    """What the LM makes of some positions, those of a window together in order; each array is of length n."""
 
     entries: np.ndarray  # token ids
     places: np.ndarray  # in the proposals' arrays
-    queries: np.ndarray  # (n, D): the entry tokens' hidden states
+    hidden_states: np.ndarray  # (n, D) float32: the entry tokens'
     following: np.ndarray  # the next tokens
+    log_probs: np.ndarray  # what the LM gives to these
     left: np.ndarray  # tokens left in the window
 
 
-def _look_up(found: Proposals, datastore: Datastore, asked: _Asked) -> None:
+def read_positions(lm: CausalLM, plan: WindowPlan, batch_size: int) -> Iterator[Positions]:
+    """Read every window once, some that are equally long at a time; what follows is the positions of these.
+
+    Raises InputError where the model computes NaN or infinity.
+    """
+    firsts = np.cumsum(plan.lengths - 1) - (plan.lengths - 1)
+    with ProgressBar(total=plan.n_tokens, desc="reading windows", unit="tok", unit_scale=True) as bar:
+        for windows in plan_batches(plan.lengths, batch_size):
+            token_ids = plan.batch_token_ids(windows)
+            scores = score_windows(lm, token_ids, np.dtype(np.float32))
+            for row, window in enumerate(windows.tolist()):
+                require_sound(window, row, scores)
+            assert scores.hidden_states is not None
+            n = token_ids.shape[1] - 1
+            yield Positions(
+                token_ids[:, :-1].ravel(),
+                (firsts[windows][:, None] + np.arange(n)).ravel(),
+                scores.hidden_states[:, :-1].reshape(-1, lm.hidden_size),
+                token_ids[:, 1:].ravel(),
+                scores.log_probs[:, 1:].ravel(),
+                np.tile(np.arange(n, 0, -1), len(windows)),
+            )
+            bar.update(token_ids.size)
+
+
+def gathered(parts: Iterable[Positions]) -> Iterator[Positions]:
+    """As many positions together as their hidden states fit in memory, so that those of an entry token come together."""
+    group: list[Positions] = []
+    n_numbers = 0
+    for part in parts:
+        if group and n_numbers + part.hidden_states.size > HIDDEN_NUMBERS_AT_ONCE:
+            yield _joined(group)
+            group, n_numbers = [], 0
+        group.append(part)
+        n_numbers += part.hidden_states.size
+    if group:
+        yield _joined(group)
+
+
+def _joined(group: list[Positions]) -> Positions:
+    columns = zip(*(vars(part).values() for part in group), strict=True)
+    return Positions(*(np.concatenate(column) for column in columns))
+
+
+def look_up(found: Proposals, datastore: Datastore, asked: Positions) -> None:
     """Fill in the proposals of some positions, one search for all those of an entry token."""
     order = np.argsort(asked.entries, kind="stable")
     borders = np.flatnonzero(np.diff(asked.entries[order])) + 1
@@ -109,7 +121,7 @@ def _look_up(found: Proposals, datastore: Datastore, asked: _Asked) -> None:
         trie = datastore.trie(int(asked.entries[positions[0]]))
         if trie is None:
             continue
-        rows, similarities = trie.index.nearest_batch(torch.from_numpy(asked.queries[positions]))
+        rows, similarities = trie.index.nearest_batch(torch.from_numpy(asked.hidden_states[positions]))
         at = asked.places[positions]
         chosen = rows.cpu().numpy()
         found.similarities[at] = similarities.cpu().numpy()
@@ -216,3 +228,9 @@ def settings_of(
     if acceptance.fitted is not None:
         settings["fitted"] = acceptance.fitted
     return settings
+
+
+def setting_probabilities(setting: Acceptance | AcceptanceMap, proposals: Proposals) -> np.ndarray:
+    """(N,) q at each position, 0 where nothing is proposed."""
+    q = setting.probability if isinstance(setting, Acceptance) else setting
+    return np.where(np.isnan(proposals.similarities), 0.0, q(proposals.similarities))

@@ -12,7 +12,7 @@ from utils.corpora import read_passages
 from utils.datastore import Datastore
 from utils.files import InputError, file_fingerprint, write_json
 from utils.models import CausalLM, require_known_ids
-from utils.perplexity import TextSize, base_figures, cdlm_figures, find_proposals, settings_of
+from utils.perplexity import TextSize, base_figures, cdlm_figures, find_proposals, setting_probabilities, settings_of
 from utils.segmentations import Proposals, fit_map, log_likelihoods
 from utils.windows import WindowPlan, WindowShape, plan_windows
 
@@ -101,7 +101,7 @@ def evaluate_perplexity(
     proposals, size = reader.read(path)
     constant = None if fitted is None else fitted.origin.get("constant")
     settings = settings_of(thresholds, acceptance, constant)
-    probabilities = [_probabilities(setting, proposals) for setting in settings.values()]
+    probabilities = [setting_probabilities(setting, proposals) for setting in settings.values()]
     figures = cdlm_figures(proposals, np.stack(probabilities), size) if settings else []
     found = proposals.similarities[~np.isnan(proposals.similarities)]
     quantiles = np.percentile(found, [5, 25, 50, 75, 95]).tolist() if len(found) else None
@@ -115,16 +115,6 @@ def evaluate_perplexity(
     }
     write_json(save_dir / PERPLEXITY, report, indent=2)
     return report
-
-
-def _probabilities(setting: Acceptance | AcceptanceMap, proposals: Proposals) -> np.ndarray:
-    """(N,) q at each position, 0 where nothing is proposed."""
-    q = (
-        setting.probability(proposals.similarities)
-        if isinstance(setting, Acceptance)
-        else setting(proposals.similarities)
-    )
-    return np.where(np.isnan(proposals.similarities), 0.0, q)
 
 
 COLUMNS = (

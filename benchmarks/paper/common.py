@@ -1,79 +1,174 @@
-"""What the paper's tables share: their flags, the texts they are about, and the interval of a mean."""
+"""What the tables of perplexity share: flags, texts in windows, acceptance maps fitted on validation, intervals."""
 
 import argparse
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from utils.cli import Parser, non_negative_int, plain_name, positive_int, share
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from benchmarks.paper.datastores import SMALL, Work, add_work, work_of
+from utils.acceptance import Acceptance, AcceptanceMap
+from utils.cli import Parser, cosine, plain_name, positive_float, positive_int, probability, share, window_size
 from utils.corpora import split_path
-from utils.files import require_file
+from utils.datastore import Datastore, open_datastore
+from utils.files import make_folder, require_file
+from utils.models import CausalLM, load_config, load_lm, load_tokenizer, require_known_ids, require_windows_fit
+from utils.perplexity import TextSize, cdlm_figures, find_proposals, setting_probabilities
+from utils.segmentations import Proposals, log_likelihoods
+from utils.text_evaluation import fit_maps, plan_text
+from utils.windows import WindowPlan, WindowShape
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-LARGE_MODEL, SMALL_MODEL = (ROOT / "examples" / "models" / size for size in ("large", "small"))
-EXAMPLE_TEXT = "python-docs"
 SPLITS = ("train", "validation", "test")
+# θ of the default map are tried on validation: the paper tunes its η too, and what is right differs from model to model.
+THETAS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.995)
+DEFAULT, TUNED, CONSTANT, FITTED = "default map", "default map, tuned θ", "best constant q", "fitted map"
 N_RESAMPLES = 2000
 
 
-@dataclass(frozen=True)
-class Text:
-    """A text with train, validation and test split, as stage 1 writes it; folder None: the embedded python-docs."""
-
-    name: str
-    folder: Path | None
+# ---- Flags
 
 
-def add_shared_flags(parser: Parser) -> None:
-    """What every table takes, beside its own flags."""
-    parser.add_argument("--model_large", default=str(LARGE_MODEL), help="model whose probabilities choose the chunks")
-    parser.add_argument("--model_small", default=str(SMALL_MODEL), help="model that is helped by another one's chunks")
+def add_flags(parser: Parser) -> None:
+    """The flags of a table of perplexity: by default the large model's chunks help the small one."""
+    add_work(parser, model_gen=SMALL)
     parser.add_argument(
         "--text",
         dest="texts",
-        type=text_flag,
+        type=named_folder,
         action="append",
         metavar="NAME=DIR",
-        help=f"a text's name and folder, as stage 1 writes it; may be repeated (default: the embedded {EXAMPLE_TEXT})",
+        help="in the place of --dataset: a name and stage 1's folder with all three splits; may be repeated",
     )
     parser.add_argument("--tok_prob_threshold", type=share, default=0.3, help="γ of the datastore, in [0, 1)")
-    parser.add_argument("--max_chunk_length", type=non_negative_int, default=64, help="tokens of a chunk; 0: no bound")
-    parser.add_argument("--device", default="auto", help="torch device; auto: CUDA if there is one")
-    parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the models' weights"
-    )
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        default=ROOT / "output" / "paper",
-        help="folder of datastores, made where they are missing",
-    )
+    parser.add_argument("--similarity_threshold", type=cosine, default=0.5, help="θ of the default map")
+    parser.add_argument("--q_max", type=probability, default=0.999, help="highest acceptance probability")
+    parser.add_argument("--perplexity_window", type=window_size, default=512, help="tokens of a window")
+    parser.add_argument("--max_windows", type=positive_int, help="only a split's first windows (default: all)")
+    parser.add_argument("--batch_size", type=positive_int, default=8, help="windows that a model reads together")
+    parser.add_argument("--trie_cache_gb", type=positive_float, default=4.0, help="GB of tries kept in memory")
     parser.add_argument("--output", type=Path, help="JSON file of all results")
 
 
-def add_window_flags(parser: Parser) -> None:
-    """What the tables of perplexity take as well."""
-    parser.add_argument("--perplexity_window", type=positive_int, default=512, help="tokens of a window")
-    parser.add_argument("--max_windows", type=positive_int, help="only a split's first windows (default: all)")
-    parser.add_argument("--batch_size", type=positive_int, default=8, help="windows that a model reads together")
+def named_folder(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not folder:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=DIR, such as law=data/law")
+    return plain_name(name), Path(folder)
 
 
-def text_flag(value: str) -> Text:
-    name, is_there, folder = value.partition("=")
-    if not is_there or not folder:
-        raise argparse.ArgumentTypeError(f"got {value!r}, expected NAME=DIR, such as law=data/law")
-    return Text(plain_name(name), Path(folder))
+def works_of(args: argparse.Namespace) -> dict[str, Work]:
+    """The texts that the flags ask for, by name; raises InputError where a split of one is missing."""
+    work = work_of(args)
+    if not args.texts:
+        return {work.dataset: work}
+    for _, folder in args.texts:
+        for split in SPLITS:
+            require_file(split_path(folder, split), "stage 1 writes, with train, validation and test split")
+    return {name: replace(work.of_text(folder, name), dataset=name) for name, folder in args.texts}
 
 
-def texts_of(args: argparse.Namespace) -> list[Text]:
-    """The texts that were asked for; raises InputError where a split of one is missing."""
-    texts = args.texts or [Text(EXAMPLE_TEXT, None)]
-    for text in texts:
-        if text.folder is not None:
-            for split in SPLITS:
-                require_file(split_path(text.folder, split), "stage 1 writes, with train, validation and test split")
-    return texts
+# ---- Texts in windows
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split that perplexity is measured on, in windows that are the same for all models."""
+
+    path: Path
+    plan: WindowPlan
+    size: TextSize
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads the splits of a text with a model; what stands between the flags and proposals."""
+
+    work: Work
+    args: argparse.Namespace
+    tokenizer: PreTrainedTokenizerBase
+    validation: Split
+    test: Split
+
+    @classmethod
+    def of(cls, work: Work, args: argparse.Namespace) -> "Reader":
+        """Raises InputError where a model cannot read the windows or a split has none."""
+        for model in (work.model_ds, work.model_gen):
+            require_windows_fit(load_config(model, args.cache_dir), model, args.perplexity_window)
+        tokenizer = load_tokenizer(work.model_gen, args.cache_dir)
+        shape = WindowShape(args.perplexity_window, args.perplexity_window, min_length=2)
+        splits = []
+        for name in SPLITS[1:]:
+            path = work.split(name)
+            splits.append(Split(path, *plan_text(path, tokenizer, shape, args.max_windows, make_folder(work.folder))))
+        return cls(work, args, tokenizer, *splits)
+
+    def load(self, model: str) -> CausalLM:
+        lm = load_lm(model, self.args.device, self.args.dtype, self.args.cache_dir)
+        for split in (self.validation, self.test):
+            require_known_ids(lm.model.config, lm.name, split.plan.largest_id)
+        return lm
+
+    def datastore(self, lm: CausalLM, work: Work | None = None) -> Datastore:
+        """The datastore of the text, or of a part of it, made where it is not there."""
+        folder = (work or self.work).tries(self.args.tok_prob_threshold)
+        return open_datastore(folder, device=lm.device, max_bytes=int(self.args.trie_cache_gb * 10**9))
+
+    def proposals(self, lm: CausalLM, datastore: Datastore | None, split: Split) -> Proposals:
+        return find_proposals(lm, datastore, split.plan, self.args.batch_size)
+
+    def maps(self, validation: Proposals) -> dict[str, Acceptance | AcceptanceMap]:
+        """The settings that every table shows side by side, each chosen or fitted on the validation split alone."""
+        fitted, constant = fit_maps(self.validation.path, validation, self.args.q_max)
+        by_theta = [Acceptance(theta, "bernoulli", self.args.q_max) for theta in THETAS]
+        tried = log_likelihoods(validation, np.stack([setting_probabilities(each, validation) for each in by_theta]))
+        return {
+            DEFAULT: Acceptance(self.args.similarity_threshold, "bernoulli", self.args.q_max),
+            TUNED: by_theta[int(tried.sum(axis=1).argmax())],
+            CONSTANT: AcceptanceMap((0.0,), (constant,)),
+            FITTED: fitted,
+        }
+
+
+def shown(name: str, setting: Acceptance | AcceptanceMap) -> str:
+    """A setting in words, with its number."""
+    if isinstance(setting, Acceptance):
+        return f"{name}, θ {setting.similarity_threshold:g}"
+    return f"{name} {setting.probabilities[0]:.3g}" if name == CONSTANT else name
+
+
+# ---- Figures
+
+
+def ratio(log_p: np.ndarray, other: np.ndarray, lengths: np.ndarray) -> "Interval":
+    """The perplexity of one way to another's, from the log-likelihoods of the same windows (W,), lengths (W,) tokens."""
+    mean = mean_interval((other - log_p) / lengths, lengths)
+    return Interval(*np.exp([mean.value, mean.lower, mean.upper]).tolist())
+
+
+def cdlm_rows(maps: dict[str, Acceptance | AcceptanceMap], proposals: Proposals, size: TextSize) -> dict[str, Any]:
+    """The figures of each setting, and under "log_p" the log-likelihoods of the windows."""
+    probabilities = np.stack([setting_probabilities(setting, proposals) for setting in maps.values()])
+    figures, log_p = cdlm_figures(proposals, probabilities, size), log_likelihoods(proposals, probabilities)
+    return {
+        name: {"shown": shown(name, setting), "log_p": of_windows} | found
+        for (name, setting), found, of_windows in zip(maps.items(), figures, log_p, strict=True)
+    }
+
+
+def without_windows(rows: dict[str, Any]) -> dict[str, Any]:
+    """The rows as they are written, without what each window had."""
+    return {name: {key: value for key, value in row.items() if key != "log_p"} for name, row in rows.items()}
+
+
+def perplexity_cells(row: dict[str, Any]) -> list[str]:
+    """Perplexity and its ratio to the base LM's, each with its interval."""
+    cells = [Interval(row["perplexity"], row["perplexity_lower"], row["perplexity_upper"]).text(2)]
+    cells.append(Interval(row["ratio"], row["ratio_lower"], row["ratio_upper"]).text(4) if "ratio" in row else "")
+    return cells
 
 
 @dataclass(frozen=True)
@@ -90,9 +185,9 @@ class Interval:
 
 
 def mean_interval(values: np.ndarray, weights: np.ndarray | None = None) -> Interval:
-    """The mean of values (N,), such as one of each prompt, weighted where wanted; which N were drawn is what varies.
+    """The mean of values (N,), such as one of each window or prompt, and by how much it hangs on which were drawn.
 
-    The draws are the same each time, so that differences of the same N are paired.
+    The draws are the same each time, so that differences of the same N are paired. weights (N,); None: all alike.
     """
     weights = np.ones(len(values)) if weights is None else weights
     counts = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)), size=N_RESAMPLES)
