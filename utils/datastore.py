@@ -38,12 +38,14 @@ from utils.progress import ProgressBar
 from utils.search import VectorIndex
 from utils.token_trie import (
     HIDDEN_STATES_MANIFEST,
+    HIDDEN_STATES_STAGE,
     MANIFEST,
     TrieRows,
     datastore_token_ids,
     read_context_vectors,
     read_trie_rows,
 )
+from utils.token_trie import STAGE as TRIE_STAGE
 
 LOGGER = logging.getLogger(__name__)
 FOLDER = "individual_flattened_tries"
@@ -176,6 +178,20 @@ def open_datastore(
     return Datastore(trie_folder / FOLDER, kept, source.inputs["hidden_size"], device, max_bytes)
 
 
+def require_made_with(trie_folder: Path, model_path: str, tokenizer: str, model: str | None = None) -> None:
+    """Raise InputError where the token ids are another tokenizer's, or the context vectors another model's.
+
+    tokenizer and model: fingerprints of those at `model_path`; model None: only token ids are of interest.
+    """
+    name, stage = (MANIFEST, TRIE_STAGE) if model is None else (HIDDEN_STATES_MANIFEST, HIDDEN_STATES_STAGE)
+    path = trie_folder / name
+    inputs = read_finished(path, stage).inputs
+    if inputs.get("tokenizer") != tokenizer:
+        raise InputError(f"{path}: the datastore was made with another tokenizer than {model_path}'s; make it anew")
+    if model is not None and inputs.get("model_gen") != model:
+        raise InputError(f"{path}: its hidden states are another model's than {model_path}; make them anew with it")
+
+
 # ---- Flattening
 
 
@@ -214,20 +230,29 @@ def _flatten_trie(trie_folder: Path, folder: Path, token_id: int) -> int:
     path = folder / f"{token_id}.pkl"
     if path.exists():
         return len(_read_arrays(path)["windows"])
+    arrays = _flattened_arrays(trie_folder, token_id)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        pickle.dump(arrays, file, protocol=5)
+    return len(arrays["windows"])
+
+
+def flattened_trie(trie_folder: Path, token_id: int) -> TokenTrie:
+    """One token trie from the files of stages 3 and 4, without a pickle; raises InputError where they are damaged."""
+    arrays = _flattened_arrays(trie_folder, token_id)
+    return TokenTrie(token_id, torch.from_numpy(arrays.pop("context_vectors")), **arrays)
+
+
+def _flattened_arrays(trie_folder: Path, token_id: int) -> dict[str, np.ndarray]:
     rows = read_trie_rows(trie_folder, token_id)
     order = prefix_order(rows)
     chunk_ids, chunk_offsets = _take(rows, order)
-    vectors = unit_rows(read_context_vectors(trie_folder, token_id, rows)[order])
-    arrays = {
-        "context_vectors": vectors,
+    return {
+        "context_vectors": unit_rows(read_context_vectors(trie_folder, token_id, rows)[order]),
         "chunk_ids": chunk_ids.astype(np.int32),
         "chunk_offsets": chunk_offsets.astype(np.int64),
         "windows": rows.windows[order].astype(np.int64),
         "positions": rows.positions[order].astype(np.int32),
     }
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        pickle.dump(arrays, file, protocol=5)
-    return len(order)
 
 
 def prefix_order(rows: TrieRows) -> np.ndarray:

@@ -55,16 +55,23 @@ def _format_group(runs: Mapping[str, Mapping[str, Any]]) -> str:
     for label, key, scale, decimals in SPREAD_ROWS:
         if any(run["spread"][key] for run in runs.values()):
             rows.append((label, *(_quartiles(run["spread"][key], scale, decimals) for run in runs.values())))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for label, *cells in rows:
-        right = (f"  {cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append(f"{label:<{widths[0]}}{''.join(right)}".rstrip())
+    lines = align(rows)
     if apart := [name for name, run in runs.items() if not run.get("tts_same_run", True)]:
         lines.append(
             f"TTS of {', '.join(apart)}: the baseline was timed by another command; time both by one to compare"
         )
     return "\n".join(lines)
+
+
+def align(rows: Sequence[Sequence[str]], n_left: int = 1) -> list[str]:
+    """The rows as lines, each column as wide as its widest cell; the first `n_left` columns on the left, the others on
+    the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = "<" * n_left + ">" * (len(widths) - n_left)
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def _number(value: float | None, scale: float, decimals: int) -> str:
@@ -95,7 +102,7 @@ def use_colour(stream: TextIO) -> bool:
 def format_example(generation: Generation, name: str, decode: Decode, colour: bool = False) -> str:
     """One generation to read: the prompt, then what follows it with its chunks marked."""
     n_prompt, chunks = len(generation.prompt_ids), generation.chunks
-    prompt = _visible(text_pieces(generation.token_ids, [n_prompt], decode)[0])
+    prompt = visible(text_pieces(generation.token_ids, [n_prompt], decode)[0])
     marked = mark_chunks(generation.token_ids, chunks, decode, n_prompt=n_prompt, colour=colour)
     n_from_chunks = sum(len(chunk.token_ids) for chunk in chunks)
     counted = f"{n_from_chunks} of {len(generation.new_token_ids)} tokens are from {len(chunks)} chunks"
@@ -123,7 +130,7 @@ def mark_chunks(
     borders = [n_prompt]
     for chunk in chunks:
         borders += [chunk.position, chunk.position + len(chunk.token_ids)]
-    pieces = [_visible(piece) for piece in text_pieces(token_ids, borders, decode)][1:]
+    pieces = [visible(piece) for piece in text_pieces(token_ids, borders, decode)][1:]
     similarities = [chunk.similarity for chunk in chunks]
     lowest, highest = min(similarities, default=0.0), max(similarities, default=0.0)
     for number, similarity in enumerate(similarities):
@@ -152,7 +159,7 @@ class TokenStream:
             self._index, self._token_ids = index, list(self._prompts[index])
             prompt = self._decode(self._token_ids)
             self._n_shown = len(prompt)
-            shown = _visible(prompt)
+            shown = visible(prompt)
             self._stream.write(
                 f"\n--- prompt {index}, {self._name}\n{_coloured(shown, DIM) if self._colour else shown}"
             )
@@ -160,7 +167,7 @@ class TokenStream:
         text = self._decode(self._token_ids)
         # A character whose last bytes are still to come decodes to replacement characters until then.
         end = len(text.rstrip("\ufffd")) if len(text) - len(text.rstrip("\ufffd")) <= 3 else len(text)
-        piece, self._n_shown = _visible(text[self._n_shown : end]), max(end, self._n_shown)
+        piece, self._n_shown = visible(text[self._n_shown : end]), max(end, self._n_shown)
         if chunk is not None:
             piece = _marked(piece, SHADES[-1], self._colour)
         self._stream.write(piece)
@@ -177,7 +184,8 @@ def _coloured(text: str, code: str) -> str:
     return "\n".join(f"{code}{line}{RESET}" if line else "" for line in text.split("\n"))
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
+    """The text with control characters, all but line ends and tabs, as symbols: it cannot command the terminal."""
     return text.translate(_CONTROL_SYMBOLS)
 
 

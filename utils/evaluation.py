@@ -14,12 +14,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from utils.acceptance import Acceptance, read_map
-from utils.datastore import Datastore, open_datastore
+from utils.datastore import Datastore, open_datastore, require_made_with
 from utils.decoding import Decoding, Request, decode, n_slots_for
 from utils.display import TokenStream, format_example, format_table, use_colour
 from utils.draft_costs import DraftCosts
 from utils.drafting import DraftSettings, RetrievalDrafter
-from utils.files import InputError, file_fingerprint, make_folder, read_finished, write_json_list
+from utils.files import InputError, file_fingerprint, make_folder, write_json_list
 from utils.generation import Generation
 from utils.kv_cache import open_rows
 from utils.models import (
@@ -70,7 +70,8 @@ class Evaluation:
         require_room(prompts, self._encoded, n_positions, args.max_new_tokens)
         self._model_fingerprint = model_fingerprint(args.model_path, args.cache_dir)
         if trie_folder is not None:
-            _require_same_model(trie_folder, self._model_fingerprint, self._tokenizer, args.model_path)
+            tokenizer = tokenizer_fingerprint(self._tokenizer)
+            require_made_with(trie_folder, args.model_path, tokenizer, self._model_fingerprint)
         self._retrieval_run = run_name(args.decoding, args.similarity_threshold)
         self._retriever: Retriever | None = None
         self._fitted = read_map(args.acceptance_map) if args.acceptance_map else None
@@ -285,18 +286,6 @@ class Evaluation:
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
-
-
-def _require_same_model(
-    trie_folder: Path, fingerprint: str, tokenizer: PreTrainedTokenizerBase, model_path: str
-) -> None:
-    """Raise InputError where the datastore's context vectors or token ids are another model's."""
-    path = trie_folder / HIDDEN_STATES_MANIFEST
-    inputs = read_finished(path, "make_token_trie.py").inputs
-    if inputs.get("tokenizer") != tokenizer_fingerprint(tokenizer):
-        raise InputError(f"{path}: the datastore was made with another tokenizer than {model_path}'s; make it anew")
-    if inputs.get("model_gen") != fingerprint:
-        raise InputError(f"{path}: its hidden states are another model's than {model_path}; make them anew with it")
 
 
 def eos_token_ids(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -105,7 +105,7 @@ def find_trie_folder(
     """
     require_folder(directory, f"{STAGE} wrote its tries to")
     folder = trie_folder_path(directory, dataset, model_ds, model_gen, partition, tok_prob_threshold)
-    if not folder.is_dir() and _is_trie_folder(directory):
+    if not folder.is_dir() and is_trie_folder(directory):
         folder = directory
     elif not folder.is_dir() and any_partition:
         others = sorted(folder.parent.glob(f"*_{float(tok_prob_threshold)}/{MANIFEST}"))
@@ -123,8 +123,8 @@ def find_trie_folder(
     return folder
 
 
-def _is_trie_folder(directory: Path) -> bool:
-    # Other stages have a manifest of this name too.
+def is_trie_folder(directory: Path) -> bool:
+    """Whether stage 3 wrote its manifest here; other stages have one of this name too."""
     path = directory / MANIFEST
     if not path.is_file():
         return False
