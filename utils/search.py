@@ -5,7 +5,7 @@ of the row's cosine, or above it; the rows that this error leaves possible are c
 lowest row.
 
     product   one float32 product with all rows: the fewest steps, so the fastest for few rows
-    half      the product with a copy of the rows in float16: half the bytes to read
+    half      the product with a copy of the rows in float16: half the bytes to read; then the best in float64
     bounded   63 dimensions of each row and the length of the rest bound its cosine; only rows whose bound beats the
               best so far are read whole. Reads 256 bytes a row, where the rows concentrate on some directions, as
               hidden states do; where they do not, the search notices, and goes back to the ways above
@@ -28,6 +28,8 @@ Way = Literal["product", "half", "bounded"]
 # leaves them (benchmarks/retrieval.py; benchmarks/README.md has the figures). The float16 product is faster from a
 # quarter of this on, but torch gives it several threads, which wait for each other where another process has a core.
 HALF_FROM_NUMBERS = 2**20
+# On CUDA, where it has not been measured: where reading the rows takes longer than launching a few kernels more.
+HALF_FROM_NUMBERS_ON_CUDA = 2**24
 BOUNDED_FROM_NUMBERS = 3 * 2**16
 BOUNDED_FROM_DIMENSIONS = 128  # with fewer, the bounds take as much to read as the rows
 # The float16 copy takes as long as some 3 to 15 products, the bounds as long as 15 to 30 from some 10,000 rows on, 35
@@ -39,6 +41,7 @@ MANY_ROWS, BOUNDED_AFTER_MANY, BOUNDED_AFTER_FEW = 8192, 32, 128
 DIMENSIONS = 63  # of the bounds, which with the length of the rest makes 64 columns
 SAMPLE_ROWS = 1024  # that the directions are found from
 FEW = 64  # rows compared in float64 without another product in float32 before
+FEW_OF_HALVES = 512  # on a device, of the best by float16, which tells fewer apart
 MISSES = 8  # searches in a row whose bounds left more than 1 row in MISS_SHARE, after which they are given up
 MISS_SHARE = 8  # gathering a row costs some three times as much as passing over it
 BLOCK_NUMBERS = 2**20  # gathered at a time
@@ -56,6 +59,28 @@ class _Query(NamedTuple):
     norm: float
 
 
+class Search(NamedTuple):
+    """One search under way. `values` (4,) float64 on the rows' device is what it comes to there; None: `found` has it.
+
+    So that many searches come to the host together: `result` takes the values as a list.
+    """
+
+    index: "VectorIndex"
+    found: tuple[int, float] | None
+    values: Tensor | None = None
+    scores: Tensor | None = None
+    exact: Tensor | None = None
+    error: float = 0.0
+    n_compared: int = 0
+
+    def result(self, values: list[float] | None = None) -> tuple[int, float]:
+        """The row and its similarity, as `VectorIndex.nearest` says. values: `values` on the host."""
+        if self.found is not None:
+            return self.found
+        assert values is not None
+        return self.index._settled(self, values)
+
+
 class VectorIndex:
     """Answers which of N unit vectors is most similar to a query. The rows must not change while it lives."""
 
@@ -70,7 +95,7 @@ class VectorIndex:
         if not float(torch.linalg.vector_norm(rows, dim=1).max()) <= LONGEST_ROW:
             raise ValueError("the rows are not of length 1, or hold NaN")
         self._rows, self._way, self._n_searches, self._n_misses = rows.detach(), way, 0, 0
-        self._array = None if rows.is_cuda else self._rows.numpy()
+        self._array = self._rows.numpy() if rows.device.type == "cpu" else None
         self._half: Tensor | None = None  # (N, D) float16
         self._half_error = 0.0
         self._columns: Tensor | None = None  # (N, up to 64) float32: the row along the directions, the rest's length
@@ -93,17 +118,20 @@ class VectorIndex:
         query (D,) of any float dtype and length; one of length 0 is as similar, 0, to every row. Raises ValueError for
         another shape and for NaN or infinity in it.
         """
+        search = self.search(query)
+        return search.result(None if search.values is None else search.values.tolist())
+
+    def search(self, query: Tensor) -> Search:
+        """Begin to look for the row most similar to the query, without waiting for a device."""
         if query.shape != self._rows.shape[1:]:
             raise ValueError(
                 f"the query has shape {tuple(query.shape)}, the rows have {self._rows.shape[1]} dimensions"
             )
         self._count(1)
         if self._array is None:
-            return self._nearest_on_device(query)
+            return self._search_on_device(query)
         asked = _asked(query.detach())
-        if asked is None:
-            return 0, 0.0
-        return self._nearest_on_host(asked, None)
+        return Search(self, (0, 0.0) if asked is None else self._nearest_on_host(asked, None))
 
     def nearest_batch(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """As `nearest` for queries (M, D): rows (M,) int64 and similarities (M,) float64, on the rows' device."""
@@ -146,14 +174,18 @@ class VectorIndex:
             scores = torch.mv(self._rows[torch.from_numpy(candidates[by_bound])], query.vector)
             best = max(best, float(scores.max()) / query.norm - self._error)
             candidates = candidates[bounds[candidates] >= (best - self._bounds_error) * query.norm]
-        if len(candidates) * MISS_SHARE <= max(len(bounds), FEW * MISS_SHARE):
+        return None if self._is_miss(len(candidates)) else candidates
+
+    def _is_miss(self, n_candidates: int) -> bool:
+        """Whether the bounds left too many rows; where they do again and again they are given up."""
+        if n_candidates * MISS_SHARE <= max(len(self._rows), FEW * MISS_SHARE):
             self._n_misses = 0
-            return candidates
+            return False
         self._n_misses += 1
         if self._n_misses == MISSES and self._way is None:
             self._columns, self._directions = None, self._directions.new_empty(0)
             self._build("half")
-        return None
+        return True
 
     def _best_of(self, candidates: np.ndarray, query: _Query) -> tuple[int, float]:
         if len(candidates) == 1:
@@ -187,25 +219,39 @@ class VectorIndex:
             raise ValueError("no row compares with the query; the rows have changed and hold NaN")
         return best_row, min(max(best / norm, -1.0), 1.0)
 
-    def _nearest_on_device(self, query: Tensor) -> tuple[int, float]:
-        """With one host synchronisation, unless more than FEW rows are within the error of the best."""
+    def _search_on_device(self, query: Tensor) -> Search:
+        """The best by a score that is at most `error` below the cosine are compared in float64, all on the device."""
         exact = _unit_rows(query.detach().to(self._rows.device)[None])[0]
-        vector = exact.float()
+        n_compared = FEW
         if self._columns is not None:
             scores, error = torch.mv(self._columns, self._along_directions(exact[None])[0]), self._bounds_error
+        elif self._half is not None:
+            scores, error = _half_product(self._half, exact.half()).float(), self._half_error
+            n_compared = FEW_OF_HALVES
         else:
-            scores, error = torch.mv(self._rows, vector), 2 * self._product_error()
-        top = torch.topk(scores, min(FEW, len(scores)))
+            scores, error = torch.mv(self._rows, exact.float()), 2 * self._product_error()
+        top = torch.topk(scores, min(n_compared, len(scores)))
         similarities = (self._rows[top.indices].double() * exact).sum(dim=1)
         best = similarities.max()
         row = torch.where(similarities == best, top.indices, len(scores)).min()
-        found = torch.stack([row.double(), best, top.values[-1].double(), exact.sum()]).tolist()
-        if not all(map(math.isfinite, found)):
+        # The best, the first score that was not compared at most, and NaN where the query holds one.
+        values = torch.stack([row.double(), best, top.values[-1].double(), exact.sum()])
+        return Search(self, None, values, scores, exact, error, n_compared)
+
+    def _settled(self, search: Search, values: list[float]) -> tuple[int, float]:
+        """What a search on the device came to; where more rows may be the best than were compared, these are too."""
+        scores, exact = search.scores, search.exact
+        assert scores is not None
+        assert exact is not None
+        if not all(map(math.isfinite, values)):
             raise ValueError("the query holds NaN or infinity")
-        if len(scores) <= FEW or found[2] + error < found[1]:
-            return int(found[0]), min(max(found[1], -1.0), 1.0)
-        candidates = (scores >= found[1] - error).nonzero()[:, 0]
-        return self._compared(candidates, vector, exact, 1.0)
+        row, best, last, _ = values
+        if len(scores) <= search.n_compared or last + search.error < best:
+            return int(row), min(max(best, -1.0), 1.0)
+        candidates = (scores >= best - search.error).nonzero()[:, 0]
+        if self._columns is not None:
+            self._is_miss(len(candidates))
+        return self._compared(candidates, exact.float(), exact, 1.0)
 
     def _nearest_of_block(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         exact = _unit_rows(queries.to(self._rows.device))
@@ -250,10 +296,10 @@ class VectorIndex:
             self._half = None
             self._build_bounds()
             return
-        # On other processors the copy is slower, and on CUDA it has not been measured.
-        pays = self._rows.numel() >= HALF_FROM_NUMBERS and _converts_halves_fast()
-        is_host = self._array is not None
-        if way == "half" and is_host and (pays or self._way) and _adds_halves_in_float32(self._rows.shape[1]):
+        kind = self._rows.device.type
+        pays = self._rows.numel() >= (HALF_FROM_NUMBERS if kind == "cpu" else HALF_FROM_NUMBERS_ON_CUDA)
+        pays &= _converts_halves_fast() or kind != "cpu"  # on other processors the copy is slower
+        if way == "half" and (pays or self._way) and _adds_halves_in_float32(self._rows.shape[1], kind):
             self._build_half()
 
     def _build_half(self) -> None:
@@ -360,12 +406,25 @@ def _converts_halves_fast() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
+def _half_product(rows: Tensor, query: Tensor) -> Tensor:
+    """(N,) float16 products of float16 rows and query. On CUDA parts of a sum may else be added up in float16."""
+    if not rows.is_cuda:
+        return torch.mv(rows, query)
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_fp16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction, False
+    try:
+        return torch.mv(rows, query)
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = before
+
+
 @cache
-def _adds_halves_in_float32(n_dimensions: int) -> bool:
+def _adds_halves_in_float32(n_dimensions: int, device: str = "cpu") -> bool:
     """Whether a float16 product on this machine is rounded once, at its end: tried, since torch does not promise it."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(256, n_dimensions, generator=generator).div(n_dimensions**0.5).half()
     query = torch.rand(n_dimensions, generator=generator).div(n_dimensions**0.5).half()
     exact = rows.double() @ query.double()
     bound = 1.01 * (V + n_dimensions * U) * exact + 2.0**-25
-    return bool(((torch.mv(rows, query).double() - exact).abs() <= bound).all())
+    found = _half_product(rows.to(device), query.to(device)).cpu()
+    return bool(((found.double() - exact).abs() <= bound).all())
