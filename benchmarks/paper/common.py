@@ -45,12 +45,17 @@ def add_flags(parser: Parser) -> None:
     )
     parser.add_argument("--tok_prob_threshold", type=share, default=0.3, help="γ of the datastore, in [0, 1)")
     parser.add_argument("--similarity_threshold", type=cosine, default=0.5, help="θ of the default map")
+    add_windows(parser)
+    parser.add_argument("--output", type=Path, help="JSON file of all results")
+
+
+def add_windows(parser: Parser) -> None:
+    """The flags of how a text's perplexity is measured."""
     parser.add_argument("--q_max", type=probability, default=0.999, help="highest acceptance probability")
     parser.add_argument("--perplexity_window", type=window_size, default=512, help="tokens of a window")
     parser.add_argument("--max_windows", type=positive_int, help="only a split's first windows (default: all)")
     parser.add_argument("--batch_size", type=positive_int, default=8, help="windows that a model reads together")
     parser.add_argument("--trie_cache_gb", type=positive_float, default=4.0, help="GB of tries kept in memory")
-    parser.add_argument("--output", type=Path, help="JSON file of all results")
 
 
 def named_folder(text: str) -> tuple[str, Path]:
