@@ -64,6 +64,11 @@ def test_hidden_states_are_what_the_head_reads_and_logits_the_models_own(name: s
     torch.testing.assert_close(logits, expected.logits, rtol=0, atol=0)
     last_hidden_states, last_logits = lm.forward(ids, logits_to_keep=3, use_cache=False)
     torch.testing.assert_close(last_hidden_states, hidden_states[:, -3:])
+    all_hidden_states, one = lm.forward(ids, logits_to_keep=1, all_hidden=True, use_cache=False)
+    torch.testing.assert_close(all_hidden_states, hidden_states)
+    torch.testing.assert_close(one, logits[:, -1:])
+    # Used without the object, the model is what it was.
+    assert lm.model(ids, use_cache=False).logits.shape == logits.shape
     torch.testing.assert_close(last_logits, logits[:, -3:])
 
 

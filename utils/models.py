@@ -47,10 +47,19 @@ class CausalLM:
         self.n_positions = max_positions(model.config)
         self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._head_inputs: list[Tensor] = []
+        self._is_reading = False  # the model may be used without this object, which then has nothing to keep
+        self._n_logits = 0  # of how many last positions the head is asked for logits; 0: of all it is given
         head = model.get_output_embeddings()
         # Not the config's: some models (OPT 350M) project down before the head.
         self.hidden_size: int = head.weight.shape[-1]
-        head.register_forward_pre_hook(lambda _, inputs: self._head_inputs.append(inputs[0]))
+        head.register_forward_pre_hook(self._before_head)
+
+    def _before_head(self, _: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._is_reading:
+            self._head_inputs.append(inputs[0])
+        if not self._n_logits or inputs[0].ndim < 3:
+            return None
+        return inputs[0][:, -self._n_logits :], *inputs[1:]
 
     @property
     def device(self) -> torch.device:
@@ -69,16 +78,19 @@ class CausalLM:
         hidden states are those of all T all the same. Further keywords go to the model: past_key_values,
         attention_mask, position_ids, use_cache.
         """
-        if all_hidden:
-            hidden_states, logits = self.forward(input_ids, **kwargs)
-            return hidden_states, logits[:, -logits_to_keep:]
         if self._slices_logits:
-            kwargs["logits_to_keep"] = logits_to_keep
+            kwargs["logits_to_keep"] = 0 if all_hidden else logits_to_keep
+        self._is_reading, self._n_logits = True, logits_to_keep if all_hidden else 0
         self._head_inputs.clear()
-        logits = self.model(input_ids=input_ids, **kwargs).logits
+        try:
+            logits = self.model(input_ids=input_ids, **kwargs).logits
+        finally:
+            self._is_reading, self._n_logits = False, 0
         hidden_states = self._head_inputs.pop().view(len(input_ids), -1, self.hidden_size)
-        if logits_to_keep and not self._slices_logits:
-            hidden_states, logits = hidden_states[:, -logits_to_keep:], logits[:, -logits_to_keep:]
+        if logits_to_keep and not all_hidden:
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        if logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
         return hidden_states, logits
 
 

@@ -65,7 +65,7 @@ class Search(NamedTuple):
     So that many searches come to the host together: `result` takes the values as a list.
     """
 
-    index: "VectorIndex"
+    of: "VectorIndex"
     found: tuple[int, float] | None
     values: Tensor | None = None
     scores: Tensor | None = None
@@ -78,7 +78,7 @@ class Search(NamedTuple):
         if self.found is not None:
             return self.found
         assert values is not None
-        return self.index._settled(self, values)
+        return self.of._settled(self, values)
 
 
 class VectorIndex:
