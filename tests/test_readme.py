@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 READMES = (ROOT / "README.md", ROOT / "examples/README.md")
 PIPELINE = "run_pipeline.sh"
+INSPECTOR = "utils/inspect_datastore.py"
 STAGES = (
     "preprocess_dataset.py",
     "extract_token_probs_and_memmap.py",
@@ -65,6 +66,11 @@ def whole_lines(block: str) -> list[str]:
 
 COMMANDS = [(readme.relative_to(ROOT), words) for readme in READMES for words in commands(readme)]
 OF_SCRIPTS = [(readme, words[1:]) for readme, words in COMMANDS if words[0] == "python" and words[1].endswith(".py")]
+OF_SCRIPTS += [
+    (readme, [f"{words[2].replace('.', '/')}.py", *words[3:]])
+    for readme, words in COMMANDS
+    if words[:2] == ["python", "-m"] and words[2].startswith("utils.")
+]
 OF_PIPELINE = [(readme, words[1:]) for readme, words in COMMANDS if words[0] == f"./{PIPELINE}"]
 
 
@@ -90,7 +96,7 @@ def test_pipeline_takes_the_flags_that_a_readme_shows(words: list[str]) -> None:
 
 
 def test_readme_shows_all_five_stages_in_their_order() -> None:
-    shown = [words[0] for readme, words in OF_SCRIPTS if readme == Path("README.md")]
+    shown = [words[0] for readme, words in OF_SCRIPTS if readme == Path("README.md") and words[0] in STAGES]
     assert tuple(dict.fromkeys(shown)) == STAGES
     assert any(not words for _, words in OF_PIPELINE)
 
@@ -145,7 +151,7 @@ def _row(action: argparse.Action) -> tuple[str, str, str]:
         default = " ".join(action.default)
     elif action.default is not None:
         default = "off" if action.nargs == 0 else str(action.default)
-    return f"`{action.option_strings[0]}`", meaning, default or "-"
+    return f"`{(action.option_strings or [action.dest])[0]}`", meaning, default or "-"
 
 
 def _rows_of_pipeline() -> list[tuple[str, str, str]]:
@@ -174,7 +180,7 @@ def test_flag_table_says_what_the_script_says(readme: Path, script: str) -> None
 
 def test_every_script_has_its_flag_table() -> None:
     examples = [f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")]
-    assert {script for _, script in TABLES} == {*STAGES, PIPELINE, *examples}
+    assert {script for _, script in TABLES} == {*STAGES, PIPELINE, INSPECTOR, *examples}
 
 
 # ---- The example models
