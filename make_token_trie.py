@@ -18,7 +18,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from utils.cli import StageParser, add_datastore_labels, add_excluded_tries, non_negative_int, positive_int, run_script
+from utils.cli import (
+    StageParser,
+    add_datastore_labels,
+    add_excluded_tries,
+    add_max_workers,
+    non_negative_int,
+    positive_int,
+    run_script,
+)
 from utils.context_vectors import HiddenStates, open_hidden_states, write_all_context_vectors
 from utils.files import (
     InputError,
@@ -56,9 +64,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--all_hidden_states_path", type=Path, required=True, help="stage 2's .h5, its manifest beside it"
     )
-    parser.add_argument(
-        "--max_workers", type=positive_int, default=32, help="processes, never more than there are cores"
-    )
+    add_max_workers(parser)
     parser.add_argument(
         "--k", type=non_negative_int, help="make only the k-th slice, from 0, of --k_interval entry tokens"
     )

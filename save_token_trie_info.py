@@ -16,17 +16,34 @@ Run again after an interruption, it goes on where it was.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from utils.chunk_lists import ChunkListPaths, ChunkRule, Corpus, write_chunk_lists
-from utils.cli import StageParser, add_cache_dir, add_datastore_labels, non_negative_int, run_script
+from utils.chunk_lists import ChunkListPaths, ChunkRule, Corpus, find_all_chunks
+from utils.cli import (
+    StageParser,
+    add_cache_dir,
+    add_datastore_labels,
+    add_max_workers,
+    non_negative_int,
+    positive_float,
+    run_script,
+)
 from utils.expert_spans import FINGERPRINT, SOURCES, read_expert_spans
-from utils.files import InputError, Manifest, begin_stage, finish_stage, make_folder, require_folder, sole_writer
+from utils.files import InputError, Manifest, begin_stage, finish_stage, make_folder, sole_writer, temporary_folder
 from utils.progress import ProgressBar, phase
-from utils.token_probs import read_extraction, windows_with_token_probs
-from utils.token_trie import MANIFEST, STAGE, entry_token_ids, require_no_strays, trie_folder_path, write_tries
+from utils.token_probs import find_token_probs
+from utils.token_trie import (
+    MANIFEST,
+    SPILL_FOLDER,
+    STAGE,
+    entry_token_ids,
+    require_no_strays,
+    trie_folder_path,
+    unit_bytes_in,
+    write_tries,
+)
+from utils.workers import n_workers_for
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -56,6 +73,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="tokens of each window that are context only, expert spans in them included (default: stage 2's --chunk_size "
         "less its --stride; 0 with --chunk_source expert and both, so that short texts lose no span)",
     )
+    add_max_workers(parser)
+    parser.add_argument(
+        "--max_memory_gb",
+        type=positive_float,
+        default=4,
+        help="GB of memory for all processes together, with what they load",
+    )
     return parser.parse_args(argv)
 
 
@@ -68,29 +92,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.skip_first_tokens is None:
         overlap = extraction.arguments["chunk_size"] - extraction.arguments["stride"]
         args.skip_first_tokens = overlap if expert_spans is None else 0
+    n_workers = n_workers_for(args.max_workers)
+    unit_bytes = unit_bytes_in(args.max_memory_gb, n_workers)
     n_token_ids = check_tokenizer(args, extraction)
-    n_windows, fingerprint = (extraction.results[name] for name in ("n_windows", "windows_fingerprint"))
-    corpus = Corpus(token_prob_dir, n_windows, fingerprint, n_token_ids, expert_spans)
+    corpus = Corpus(token_prob_dir, extraction.results, n_token_ids, expert_spans)
     make_folder(args.output_dir)
     with sole_writer(args.output_dir, "token_tries"):
-        run(args, corpus, extraction)
-
-
-def find_token_probs(given: Path, partition: str) -> tuple[Path, Manifest]:
-    """Stage 2's folder of the partition, where no window lacks its file, and its manifest."""
-    given = require_folder(given, "extract_token_probs_and_memmap.py wrote").absolute()
-    name = f"{partition}_manifest.json"
-    folder = given if given.name == partition and (given.parent / name).is_file() else given / partition
-    if not (folder.parent / name).is_file():
-        expected = f"stage 2's folder of the partition {partition}, with {name} beside it"
-        raise InputError(f"{given}: expected {expected}; give that folder, or run stage 2 first")
-    extraction = read_extraction(folder.parent / name)
-    require_folder(folder, "extract_token_probs_and_memmap.py wrote")
-    n_windows = extraction.results["n_windows"]
-    if missing := set(range(n_windows)).difference(windows_with_token_probs(folder)):
-        got = f"token_probs_{min(missing)}.json is missing, {len(missing)} of {n_windows} windows are"
-        raise InputError(f"{folder}: {got}; run stage 2 again, it goes on where it was")
-    return folder, extraction
+        run(args, corpus, extraction, n_workers, unit_bytes)
 
 
 def check_tokenizer(args: argparse.Namespace, extraction: Manifest) -> int:
@@ -106,7 +114,7 @@ def check_tokenizer(args: argparse.Namespace, extraction: Manifest) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def run(args: argparse.Namespace, corpus: Corpus, extraction: Manifest) -> None:
+def run(args: argparse.Namespace, corpus: Corpus, extraction: Manifest, n_workers: int, unit_bytes: int) -> None:
     labels = (args.dataset_name, args.model_ds, args.model_gen, args.partition, args.tok_prob_threshold)
     folder = trie_folder_path(args.output_dir, *labels)
     lists = ChunkListPaths(args.output_dir, args.dataset_name, args.model_ds, args.partition, args.tok_prob_threshold)
@@ -124,15 +132,21 @@ def run(args: argparse.Namespace, corpus: Corpus, extraction: Manifest) -> None:
         print(f"Nothing to do: {summary(folder, manifest)}")
         return
     rule = ChunkRule(args.tok_prob_threshold, args.skip_first_tokens, args.max_chunk_length, args.chunk_source)
-    with phase(f"reading {corpus.n_windows} windows in {corpus.token_prob_dir}"):
-        rows = write_chunk_lists(corpus, rule, lists, partial(ProgressBar, desc="finding chunks", unit="window"))
-    counts = {"windows": corpus.n_windows, "tokens": len(rows.token_ids)}
-    finish_stage(lists.manifest, lists_manifest, counts)
-    with phase(f"sorting and writing {len(rows)} chunks"):
-        n_entry_tokens = write_tries(folder, rows, partial(ProgressBar, desc="writing token tries", unit="trie"))
-    counts |= {"entry_tokens": n_entry_tokens, "rows": len(rows), "plateaus": len(rows.plateaus)}
+    with temporary_folder(folder / SPILL_FOLDER) as spill_folder:
+        n_windows = corpus.extracted["n_windows"]
+        bar = ProgressBar(total=n_windows, desc="finding chunks", unit="window")
+        with phase(f"reading {n_windows} windows in {corpus.token_prob_dir}"), bar:
+            chunks = find_all_chunks(corpus, rule, lists, spill_folder, n_workers, bar.update)
+        counts = {"windows": chunks.n_windows, "tokens": chunks.n_tokens}
+        finish_stage(lists.manifest, lists_manifest, counts)
+        bar = ProgressBar(total=chunks.spill.n_entry_tokens, desc="writing token tries", unit="trie")
+        with phase(f"sorting and writing {chunks.spill.n_rows} chunks"), bar:
+            bar.update(len(there := entry_token_ids(folder)))
+            for n_written in write_tries(folder, chunks.spill, n_workers, unit_bytes, there):
+                bar.update(n_written)
+    counts |= {"entry_tokens": chunks.spill.n_entry_tokens, "rows": chunks.spill.n_rows, "plateaus": chunks.n_plateaus}
     if corpus.expert_spans is not None:
-        n_in_chunks = corpus.expert_spans.n_spans_at(rows.windows, rows.positions + 1)
+        n_in_chunks = len(chunks.expert_spans)
         counts |= {"expert_spans": corpus.expert_spans.n_spans, "expert_spans_in_chunks": n_in_chunks}
     finish_stage(folder / MANIFEST, manifest, counts)
     print(summary(folder, manifest))

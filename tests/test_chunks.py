@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.chunks import ChunkRows, concatenate_rows, find_chunks, sort_by_entry, sort_by_entry_and_length, sort_chunks
+from utils.chunks import ChunkRows, find_chunks, sort_chunks, take_chunks
 
 Row = tuple[int, tuple[int, ...], int, int]  # entry id, chunk ids, window, position
 
@@ -33,6 +33,10 @@ def chunks_of(windows: list[list[tuple[int, float]]], threshold: float, skip: in
         skip_first_tokens=skip,
         max_chunk_length=bound,
     )
+
+
+def in_order(rows: ChunkRows, keys: np.ndarray) -> np.ndarray:
+    return sort_chunks(*take_chunks(rows.token_ids, rows.starts, rows.lengths), keys)
 
 
 def as_tuples(rows: ChunkRows) -> list[Row]:
@@ -90,7 +94,7 @@ def test_a_run_ends_with_its_window() -> None:
 def test_no_token_above_the_threshold_gives_no_rows(windows: list[list[tuple[int, float]]]) -> None:
     rows = chunks_of(windows, 0.5, 0, 4)
     assert len(rows) == 0
-    assert rows.plateaus.tolist() == sort_by_entry(rows).tolist() == sort_by_entry_and_length(rows).tolist() == []
+    assert rows.plateaus.tolist() == in_order(rows, rows.entry_ids).tolist() == []
 
 
 TOKENS = st.tuples(st.integers(0, 2), st.sampled_from([0.0, 0.5, 0.7, 1.0]))
@@ -107,9 +111,9 @@ def test_rows_and_their_order_are_those_of_loops_and_sorted(
     assert as_tuples(rows) == expected
     tuples = np.empty(len(expected), dtype=object)
     tuples[:] = expected
-    assert tuples[sort_by_entry(rows)].tolist() == sorted(expected)
+    assert tuples[in_order(rows, rows.entry_ids)].tolist() == sorted(expected)
     by_length = sorted(expected, key=lambda row: (row[0], len(row[1]), *row[1:]))
-    assert tuples[sort_by_entry_and_length(rows)].tolist() == by_length
+    assert tuples[in_order(rows, rows.entry_ids * 99 + rows.lengths)].tolist() == by_length
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -119,6 +123,17 @@ def test_chunks_of_one_entry_token_sort_as_tuples_do(chunks: list[list[int]]) ->
     offsets = np.cumsum([0] + [len(chunk) for chunk in chunks])
     expected = sorted(range(len(chunks)), key=lambda n: (chunks[n], n))
     assert sort_chunks(flat, offsets).tolist() == expected
+
+
+@pytest.mark.parametrize("largest", [3, 2**31 - 1])
+def test_ids_of_any_size_and_chunks_of_any_length_sort_as_tuples_do(largest: int) -> None:
+    rng = np.random.default_rng(0)
+    alike = rng.integers(largest - 1, largest, 40, endpoint=True).tolist()
+    chunks = [alike[:n] + rng.integers(0, largest, 3, endpoint=True).tolist()[:m] for n in range(40) for m in range(4)]
+    chunks = [chunks[i] for i in rng.permutation(len(chunks)) if chunks[i]] * 2
+    flat = np.array([token for chunk in chunks for token in chunk], dtype=np.int32)
+    offsets = np.cumsum([0] + [len(chunk) for chunk in chunks])
+    assert sort_chunks(flat, offsets).tolist() == sorted(range(len(chunks)), key=lambda n: (chunks[n], n))
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -139,6 +154,5 @@ def test_a_corpus_in_pieces_gives_the_rows_of_the_whole(
         max_chunk_length=3,
         first_window=cut,
     )
-    joined = concatenate_rows([*pieces, second])
-    assert as_tuples(joined) == as_tuples(whole)
-    assert joined.plateaus.tolist() == whole.plateaus.tolist()
+    assert [row for piece in [*pieces, second] for row in as_tuples(piece)] == as_tuples(whole)
+    assert sum(len(piece.plateaus) for piece in [*pieces, second]) == len(whole.plateaus)

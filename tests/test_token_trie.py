@@ -22,8 +22,9 @@ from synthetic_corpus import (
 )
 
 from utils import token_trie
-from utils.chunks import find_chunks
-from utils.files import InputError, begin_stage, read_json, sole_writer, write_json
+from utils.chunks import ChunkRows, find_chunks
+from utils.files import InputError, begin_stage, read_json, sole_writer, temporary_folder, write_json
+from utils.spilled_rows import Keys, Spill, spill
 from utils.token_probs import read_token_probs, token_probs_path, write_token_probs
 from utils.token_trie import (
     TrieRows,
@@ -370,12 +371,21 @@ def test_another_stages_manifest_makes_no_trie_folder(tries: Path, tmp_path: Pat
 # ---- The files
 
 
+def write(folder: Path, *parts: ChunkRows, unit_bytes: int = 2**20) -> int:
+    """Write the tries of some windows' rows; returns how many."""
+    with temporary_folder(folder / ".rows") as spill_folder:
+        rows = Spill(Keys(int(max(part.token_ids.max() for part in parts)) + 1))
+        for number, part in enumerate(parts):
+            rows.add(spill(spill_folder / f"{number}.rows", part, rows.keys))
+        return sum(write_tries(folder, rows, unit_bytes=unit_bytes))
+
+
 def three_rows(folder: Path) -> TrieRows:
     """Write the trie of entry token 7: 7 -> 5, 7 -> 6 and 7 -> 5 6, in two windows."""
     ids = np.array([7, 5, 6, 7, 6], dtype=np.int32)
     above = np.array([0, 1, 1, 0, 1])
     rows = find_chunks(ids, above, np.array([3, 2]), tok_prob_threshold=0.5, skip_first_tokens=0)
-    assert write_tries(folder, rows) == 2
+    assert write(folder, rows) == 2
     return read_trie_rows(folder, 7)
 
 
@@ -422,7 +432,7 @@ def test_a_huge_trie_is_written_in_blocks_to_the_same_bytes(tmp_path: Path, monk
         folder.mkdir()
         n_ids, n_rows = (token_trie.BLOCK_IDS, 1000) if name == "whole" else (7, 3)
         monkeypatch.setattr(token_trie, "BLOCK_IDS", n_ids)
-        write_tries(folder, rows)
+        assert write(folder, rows, unit_bytes=2**30 if name == "whole" else 200) == 2
         for token in entry_token_ids(folder):
             trie = read_trie_rows(folder, token)
             vectors = np.random.default_rng(token).random((len(trie.windows), 4)).astype(np.float32)

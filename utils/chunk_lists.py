@@ -1,4 +1,4 @@
-"""The chunks of a whole corpus as three JSON lists for people and scripts, made in one pass over stage 2's files.
+"""The chunks of a whole corpus, found in one pass over stage 2's files, and three JSON lists of them for people and scripts.
 
     {model_ds}_{dataset}_{partition}_token_prob_list.json           one window a line: its token_probs_{i}.json
     {model_ds}_{dataset}_{partition}_all_phrases_{γ}.json           one plateau a line: token ids, the entry token first
@@ -11,26 +11,27 @@ datastores of one text that differ in it, or in γ, share what is the same.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import islice
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils.chunks import ChunkRows, concatenate_rows, find_chunks
+from utils.chunks import ChunkRows, find_chunks
 from utils.expert_spans import ExpertSpans
-from utils.files import InputError, JsonText, json_list_writer
-from utils.token_probs import read_token_probs_and_json
+from utils.files import InputError, JsonBytes, json_list_writer
+from utils.spilled_rows import Keys, Spill, SpilledRows, spill
+from utils.token_probs import WindowTokenProbs, read_window
 from utils.token_trie import in_name
 from utils.windows import window_bytes
+from utils.workers import in_processes
 
-# Windows whose chunks are found at once: enough to make arrays worth while, few enough to hold their texts.
-BATCH_WINDOWS = 256
+# Tokens of the windows whose chunks are found at once: enough to make arrays worth while, few enough to hold their texts.
+BATCH_TOKENS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -90,115 +91,145 @@ class Corpus:
     """Stage 2's files of one partition, and what its manifest says of them."""
 
     token_prob_dir: Path
-    n_windows: int
-    windows_fingerprint: str
+    extracted: dict[str, Any]  # the manifest's results
     n_token_ids: int  # the tokenizer's ids lie below
     expert_spans: ExpertSpans | None = None
 
+    @property
+    def batches(self) -> list[range]:
+        """The windows whose chunks are found at once."""
+        n_windows = self.extracted["n_windows"]
+        n_of_batch = max(BATCH_TOKENS * n_windows // self.extracted["n_tokens"], 1)
+        return [range(first, min(first + n_of_batch, n_windows)) for first in range(0, n_windows, n_of_batch)]
+
+
+@dataclass
+class CorpusChunks:
+    """The chunks of a corpus: their rows in files, and what was counted."""
+
+    spill: Spill
+    n_windows: int = 0
+    n_tokens: int = 0
+    n_plateaus: int = 0
+    expert_spans: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # with a token in a chunk
+
+    def add(self, found: "_Found") -> None:
+        self.spill.add(found.rows)
+        self.n_windows += len(found.windows)
+        self.n_tokens += found.n_tokens
+        self.n_plateaus += found.n_plateaus
+        self.expert_spans = np.union1d(self.expert_spans, found.expert_spans)
+
 
 @dataclass(frozen=True)
-class _Batch:
-    """Consecutive windows, one after the other: T tokens."""
+class _Found:
+    """What some windows give: to the lists, to the fingerprint of all windows, to the rows and the counts."""
 
-    first_window: int
-    lengths: list[int]
-    texts: list[str]
-    token_ids: np.ndarray  # (T,) int32
-    probabilities: np.ndarray  # (T,) float64
+    windows: range
+    lists: tuple[list[bytes], ...]  # entries of the lists that are wanted
+    fingerprinted: bytes
+    rows: SpilledRows
+    n_tokens: int
+    n_plateaus: int
+    expert_spans: np.ndarray
 
 
-def write_chunk_lists(
+def find_all_chunks(
     corpus: Corpus,
     rule: ChunkRule,
     paths: ChunkListPaths,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-) -> ChunkRows:
-    """Find the chunks of all windows and write the lists that are not there yet; returns the chunks as rows.
+    spill_folder: Path,
+    n_workers: int,
+    progress: Callable[[int], object] = lambda n_windows: None,
+) -> CorpusChunks:
+    """Find the chunks of all windows, spill their rows and write the lists that are not there yet.
 
-    progress wraps the list of windows that are gone through. Raises InputError where a window's file is missing or
+    progress is told of each number of windows that are done. Raises InputError where a window's file is missing or
     damaged, holds an id the tokenizer does not have, or the windows are not those of the manifest's fingerprint.
     """
-    parts = []
+    keys = Keys(corpus.n_token_ids)
+    wanted = tuple(not path.exists() for path in paths.lists)
+    prepare = partial(_Finder, corpus, rule, keys, spill_folder, wanted)
+    chunks, digest = CorpusChunks(Spill(keys)), hashlib.sha256()
     with ExitStack() as stack:
-        write_window, write_ids, write_rows = (
-            _skip if path.exists() else stack.enter_context(json_list_writer(path)) for path in paths.lists
+        writers = [stack.enter_context(json_list_writer(path)) for path in compress(paths.lists, wanted)]
+        where = str(corpus.token_prob_dir)
+        for found in in_processes(prepare, corpus.batches, n_workers, where=where, in_order=True):
+            for write, entries in zip(writers, found.lists, strict=True):
+                if entries:
+                    write(JsonBytes(b",\n".join(entries)))
+            digest.update(found.fingerprinted)
+            chunks.add(found)
+            progress(len(found.windows))
+        if digest.hexdigest() != corpus.extracted["windows_fingerprint"]:
+            message = f"{where}: its windows are not those that its manifest was written for"
+            raise InputError(f"{message}; run stage 2 again in an empty folder")
+    return chunks
+
+
+# ---- Some windows
+
+
+@dataclass(frozen=True)
+class _Finder:
+    """Finds the chunks of some windows; wanted: which of the three lists."""
+
+    corpus: Corpus
+    rule: ChunkRule
+    keys: Keys
+    spill_folder: Path
+    wanted: tuple[bool, ...]
+
+    def __call__(self, windows: range) -> _Found:
+        read = [self._read(window) for window in windows]
+        token_ids = np.concatenate([window.token_ids for window in read])
+        probabilities = np.concatenate([window.probabilities for window in read])
+        rows = self._find(windows, token_ids, probabilities, np.array([len(window.token_ids) for window in read]))
+        token_prob_list, all_phrases, all_filtered = self.wanted
+        lists = []
+        if token_prob_list:
+            lists.append([window.json for window in read])
+        if all_phrases or all_filtered:
+            heads = rows.plateaus
+            firsts = rows.starts[heads] - 1
+            bounds = list(zip(firsts.tolist(), (firsts + rows.run_lengths[heads] + 1).tolist(), strict=True))
+            if all_phrases:
+                ids = list(map(b"%d".__mod__, token_ids.tolist()))
+                lists.append([b"[%b]" % b", ".join(ids[first:end]) for first, end in bounds])
+            if all_filtered:
+                texts = [row for window in read for row in window.row_texts]
+                lists.append([b"[[%b]]" % b"], [".join(texts[first:end]) for first, end in bounds])
+        spans = self.corpus.expert_spans
+        return _Found(
+            windows,
+            tuple(lists),
+            b"".join(window_bytes(window.token_ids) for window in read),
+            spill(self.spill_folder / f"{windows.start}.rows", rows, self.keys),
+            len(token_ids),
+            len(rows.plateaus),
+            np.zeros(0, dtype=np.int64) if spans is None else spans.spans_at(rows.windows, rows.positions + 1),
         )
-        for batch in _batches(corpus, progress, write_window):
-            rows = _find_in(batch, rule, corpus.expert_spans)
-            if (write_ids, write_rows) != (_skip, _skip):
-                _write_plateaus(batch, rows, write_ids, write_rows)
-            parts.append(rows)
-    return concatenate_rows(parts)
 
+    def _read(self, window: int) -> WindowTokenProbs:
+        read = read_window(self.corpus.token_prob_dir, window)
+        if (largest := int(read.token_ids.max())) >= self.corpus.n_token_ids:
+            got = f"window {window} holds token id {largest}, but the tokenizer's ids end at"
+            remedy = "give the tokenizer of stage 2 as --model_name"
+            raise InputError(f"{self.corpus.token_prob_dir}: {got} {self.corpus.n_token_ids - 1}; {remedy}")
+        return read
 
-def _skip(_: Any) -> None:
-    """The writer of a list that is there."""
-
-
-def _batches(
-    corpus: Corpus, progress: Callable[[Iterable[int]], Iterable[int]], write: Callable[[Any], None]
-) -> Iterator[_Batch]:
-    """All windows in order, `BATCH_WINDOWS` at a time; `write` gets each one's JSON."""
-    digest = hashlib.sha256()
-    numbers = iter(progress(range(corpus.n_windows)))
-    # The next number is taken when its window's turn has come, which is what the progress bar shows.
-    for first in range(0, corpus.n_windows, BATCH_WINDOWS):
-        texts, token_ids, probabilities = [], [], []
-        for number in islice(numbers, BATCH_WINDOWS):
-            window_texts, ids, probs, line = read_token_probs_and_json(corpus.token_prob_dir, number)
-            _require_known(corpus, number, ids)
-            digest.update(window_bytes(ids))
-            write(line)
-            texts += window_texts
-            token_ids.append(ids)
-            probabilities.append(probs)
-        yield _Batch(first, list(map(len, token_ids)), texts, np.concatenate(token_ids), np.concatenate(probabilities))
-    if digest.hexdigest() != corpus.windows_fingerprint:
-        where = f"{corpus.token_prob_dir}: its windows are not those that its manifest was written for"
-        raise InputError(f"{where}; run stage 2 again in an empty folder")
-
-
-def _require_known(corpus: Corpus, window: int, token_ids: np.ndarray) -> None:
-    if (largest := int(token_ids.max())) >= corpus.n_token_ids:
-        got = f"window {window} holds token id {largest}, but the tokenizer's ids end at {corpus.n_token_ids - 1}"
-        raise InputError(f"{corpus.token_prob_dir}: {got}; give the tokenizer of stage 2 as --model_name")
-
-
-def _find_in(batch: _Batch, rule: ChunkRule, expert_spans: ExpertSpans | None) -> ChunkRows:
-    lengths, spans = np.array(batch.lengths), None
-    if rule.source != "probability":
-        assert expert_spans is not None
-        spans = expert_spans.of_tokens(batch.first_window, lengths)
-    return find_chunks(
-        batch.token_ids,
-        np.zeros(len(batch.token_ids)) if rule.source == "expert" else batch.probabilities,
-        lengths,
-        tok_prob_threshold=rule.tok_prob_threshold,
-        skip_first_tokens=rule.skip_first_tokens,
-        max_chunk_length=rule.max_chunk_length,
-        first_window=batch.first_window,
-        spans=spans,
-    )
-
-
-def _write_plateaus(
-    batch: _Batch, rows: ChunkRows, write_ids: Callable[[Any], None], write_rows: Callable[[Any], None]
-) -> None:
-    # Python writes numbers as JSON does; put together here, the lists take half the time of encoding each.
-    token_ids, probabilities, texts = batch.token_ids.tolist(), batch.probabilities.tolist(), batch.texts
-    heads = rows.plateaus
-    firsts = rows.starts[heads] - 1
-    ends = firsts + rows.run_lengths[heads] + 1
-    places = (rows.windows[heads], rows.positions[heads], firsts, ends)
-    for window, position, first, end in zip(*(place.tolist() for place in places), strict=True):
-        write_ids(JsonText(token_ids[first:end]))
-        lines = [
-            f"[{_quoted(texts[i])}, {probabilities[i]!r}, {window}, {position + i - first}, {token_ids[i]}]"
-            for i in range(first, end)
-        ]
-        write_rows(JsonText(f"[{', '.join(lines)}]"))
-
-
-@lru_cache(maxsize=1 << 17)
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    def _find(self, windows: range, token_ids: np.ndarray, probabilities: np.ndarray, lengths: np.ndarray) -> ChunkRows:
+        spans = None
+        if self.rule.source != "probability":
+            assert self.corpus.expert_spans is not None
+            spans = self.corpus.expert_spans.of_tokens(windows.start, lengths)
+        return find_chunks(
+            token_ids,
+            np.zeros(len(token_ids)) if self.rule.source == "expert" else probabilities,
+            lengths,
+            tok_prob_threshold=self.rule.tok_prob_threshold,
+            skip_first_tokens=self.rule.skip_first_tokens,
+            max_chunk_length=self.rule.max_chunk_length,
+            first_window=windows.start,
+            spans=spans,
+        )

@@ -5,10 +5,11 @@ it. Tokens that an expert marked form runs too, one for each marked span. One ro
 Everything here is arrays over a whole corpus at once: rows index into one flat array of token ids.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+TOKENS_AT_ONCE = 2  # of a chunk that are compared as one number
 
 
 @dataclass(frozen=True)
@@ -83,78 +84,57 @@ def find_chunks(
     )
 
 
-def concatenate_rows(parts: Sequence[ChunkRows]) -> ChunkRows:
-    """The rows of one corpus from those of its pieces, in their order; at least one piece."""
-    offsets = np.cumsum([0] + [len(part.token_ids) for part in parts[:-1]])
-    return ChunkRows(
-        token_ids=np.concatenate([part.token_ids for part in parts]),
-        windows=np.concatenate([part.windows for part in parts]),
-        positions=np.concatenate([part.positions for part in parts]),
-        starts=np.concatenate([part.starts + offset for part, offset in zip(parts, offsets, strict=True)]),
-        run_lengths=np.concatenate([part.run_lengths for part in parts]),
-        max_chunk_length=parts[0].max_chunk_length,
-    )
+# ---- Sorting
 
 
-# ---- Prefix-sorting
+def take_chunks(token_ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The runs `token_ids[starts[n]:starts[n] + lengths[n]]`, one after the other, and where each begins, (N + 1,)."""
+    offsets = np.zeros(len(starts) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    # A token of the new flat array comes from its run's start plus its place in the run.
+    return token_ids[np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets
 
 
-def sort_by_entry_and_length(rows: ChunkRows) -> np.ndarray:
-    """The order (N,) int64 of the token tries: by entry id, chunk length, chunk, window, position."""
-    ranks = _ranks_of(rows)
-    return np.lexsort((ranks, rows.lengths, rows.entry_ids))  # stable, and the rows come by window and position
+def sort_chunks(chunk_ids: np.ndarray, offsets: np.ndarray, keys: np.ndarray | None = None) -> np.ndarray:
+    """The order (N,) int64 of some chunks by key, then prefix-sorted; what is equal stays in its order.
 
-
-def sort_by_entry(rows: ChunkRows) -> np.ndarray:
-    """The prefix-sorted order (N,) int64: by entry id, then chunk, then window, then position."""
-    return np.lexsort((_ranks_of(rows), rows.entry_ids))
-
-
-def _ranks_of(rows: ChunkRows) -> np.ndarray:
-    # The suffixes of a run are rows too, and stand one after the other: what `_prefix_ranks` asks for.
-    return _prefix_ranks(rows.token_ids[rows.starts], rows.run_lengths, rows.max_chunk_length)
-
-
-def sort_chunks(chunk_ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """The prefix-sorted order (N,) int64 of the chunks of one entry token; equal chunks stay in their order.
-
-    chunk_ids (M,) integer, the chunks one after the other; offsets (N + 1,) ascending without gaps, chunk n is
-    `chunk_ids[offsets[n]:offsets[n + 1]]`, none of them empty.
+    chunk_ids (M,) ids in [0, 2**31), the chunks one after the other; offsets (N + 1,) ascending without gaps: chunk n is
+    `chunk_ids[offsets[n]:offsets[n + 1]]`; keys (N,) integer, None for one key. A prefix goes before what it is a
+    prefix of.
     """
-    tails = np.repeat(offsets[1:], np.diff(offsets)) - np.arange(len(chunk_ids))
-    return np.argsort(_prefix_ranks(chunk_ids, tails)[offsets[:-1]], kind="stable")
+    starts, lengths = offsets[:-1], np.diff(offsets)
+    at = 0
+    if keys is None:
+        keys, at = _words(chunk_ids, starts, lengths, 0), TOKENS_AT_ONCE
+    order = np.argsort(keys, kind="stable")
+    places, keys = np.arange(len(order)), keys[order]
+    begins_group = _differs(keys)
+    while len(places):
+        # Chunks alike so far form groups. Only they are looked at further, unless all of them have ended.
+        firsts = np.flatnonzero(begins_group)
+        sizes = np.diff(firsts, append=len(places))
+        goes_on = (sizes > 1) & (np.maximum.reduceat(lengths[order[places]], firsts) > at)
+        places = places[np.repeat(goes_on, sizes)]
+        groups = np.repeat(firsts[goes_on], sizes[goes_on])
+        rows = order[places]
+        words = _words(chunk_ids, starts[rows], lengths[rows], at)
+        by_word = np.lexsort((words, groups))
+        order[places] = rows[by_word]
+        begins_group = _differs(groups) | _differs(words[by_word])
+        at += TOKENS_AT_ONCE
+    return order
 
 
-def _prefix_ranks(token_ids: np.ndarray, tails: np.ndarray, max_length: int = 0) -> np.ndarray:
-    """Ranks (M,) int64 of the strings `token_ids[m : m + min(tails[m], max_length)]`; equal strings, equal ranks.
-
-    token_ids (M,) integer; tails (M,) tokens from m to the end of its string, so `tails[m + 1] == tails[m] - 1` where
-    that is not 0. A prefix ranks before what it is a prefix of. max_length 0: no bound. Prefix doubling (Manber and
-    Myers' suffix arrays): the rank over 2w tokens is that of the pair of ranks over w tokens, here and w further on.
-    """
-    if not len(token_ids):
-        return np.zeros(0, dtype=np.int64)
-    longest = int(tails.max())
-    bound = min(max_length or longest, longest)
-    doubled = np.unique(token_ids, return_inverse=True)[1].astype(np.int64)
-    # Of the first w tokens of each string, for w the binary digits of the bound met so far.
-    combined: np.ndarray | None = None
-    width = 1
-    while True:
-        if doubled.max() == len(token_ids) - 1:
-            return doubled  # all strings differ within the width: more tokens change nothing
-        if bound & width:
-            combined = doubled if combined is None else _pair_ranks(doubled, combined, tails, width)
-        if 2 * width > bound:
-            assert combined is not None
-            return combined
-        doubled = _pair_ranks(doubled, doubled, tails, width)
-        width *= 2
+def _words(chunk_ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, at: int) -> np.ndarray:
+    """(N,) uint64: the tokens from place `at` of each chunk on, where it has ended less than any token."""
+    words = np.zeros(len(starts), dtype=np.uint64)
+    for place in range(at, at + TOKENS_AT_ONCE):
+        words <<= np.uint64(32)
+        inside = np.flatnonzero(lengths > place)
+        words[inside] += chunk_ids[starts[inside] + place].astype(np.uint64) + np.uint64(1)
+    return words
 
 
-def _pair_ranks(first: np.ndarray, second: np.ndarray, tails: np.ndarray, width: int) -> np.ndarray:
-    """Ranks (M,) int64 of the pairs `first[m], second[m + width]`; a string that ends before that comes first."""
-    keys = first * (len(first) + 1)
-    goes_on = np.flatnonzero(tails > width)
-    keys[goes_on] += second[goes_on + width] + 1
-    return np.unique(keys, return_inverse=True)[1]
+def _differs(values: np.ndarray) -> np.ndarray:
+    """(N,) bool: whether each value is another one than that before it; the first is."""
+    return np.concatenate([[True], values[1:] != values[:-1]])[: len(values)]

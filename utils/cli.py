@@ -1,13 +1,14 @@
 """The flags that several scripts share, each with one spelling, default and help text, and how a script ends."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.files import InputError
-from utils.progress import set_verbosity
+from utils.progress import end_bars, set_verbosity
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,18 +43,33 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{shown} (default: %(default)s)"
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as job schedulers send it before they kill: the script ends as it does for Ctrl-C."""
+
+
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main: exit status 2 and one line for unusable input, 130 for Ctrl-C; our bugs keep a traceback."""
+    """Run a script's main, which ends in one line on stderr and exit status 2 for unusable input, 130 for Ctrl-C, 143
+    for SIGTERM; our bugs keep a traceback."""
     prog = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         main()
     except InputError as error:
         sys.exit(_last_words(prog, f"error: {error}", 2))
-    except KeyboardInterrupt:
-        sys.exit(_last_words(prog, "interrupted; run the same command again and it goes on from here", 130))
+    except KeyboardInterrupt as end:
+        what, status = ("terminated", 143) if isinstance(end, Terminated) else ("interrupted", 130)
+        sys.exit(_last_words(prog, f"{what}; run the same command again and it goes on from here", status))
+
+
+def _raise_terminated(*_: object) -> NoReturn:
+    raise Terminated
 
 
 def _last_words(prog: str, message: str, status: int) -> int:
+    # From here on there is nothing to clean up: another signal ends the process at once, without a traceback.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    end_bars()
     print(f"{prog}: {message}", file=sys.stderr)
     return status
 
@@ -162,6 +178,12 @@ def add_datastore_labels(parser: Parser, dataset_flag: str, required: bool = Tru
     parser.add_argument("--partition", required=required, help="label of the split, such as train")
     parser.add_argument(
         "--tok_prob_threshold", type=share, required=required, help="γ in [0, 1): a token above it belongs to a chunk"
+    )
+
+
+def add_max_workers(parser: Parser) -> None:
+    parser.add_argument(
+        "--max_workers", type=positive_int, default=32, help="processes, never more than there are cores"
     )
 
 

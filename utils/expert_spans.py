@@ -52,13 +52,13 @@ class ExpertSpans:
         ids[places] = np.repeat(self.spans[here], lengths)
         return ids
 
-    def n_spans_at(self, windows: np.ndarray, positions: np.ndarray) -> int:
-        """How many spans have a token among these (N,) places."""
+    def spans_at(self, windows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """The spans that have a token among these (N,) places, ascending."""
         longest = int(max(self.ends.max(initial=0), positions.max(initial=0))) + 1
         keys = windows.astype(np.int64) * longest + positions
         rows = np.searchsorted(self.windows * longest + self.firsts, keys, side="right") - 1
         inside = (rows >= 0) & (keys < (self.windows * longest + self.ends)[rows])
-        return len(np.unique(self.spans[rows[inside]]))
+        return np.unique(self.spans[rows[inside]])
 
 
 # ---- Characters

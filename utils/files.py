@@ -8,7 +8,9 @@ are the same (`begin_stage`), and the next stage starts only from output that is
 import hashlib
 import json
 import os
+import re
 import shutil
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,6 +23,7 @@ from typing import Any, TextIO
 
 BLOCK_BYTES = 1 << 20
 LONGEST_JSON_WORD = 16  # characters of the longest piece that is wrong until its end is read: \ud83d\ude42, -Infinity
+_ERRNO_OF_HDF5 = re.compile(r"\berrno = (\d+)")  # in messages of many lines
 PACKAGES = ("torch", "transformers", "datasets", "h5py", "numpy")
 
 
@@ -45,7 +48,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({error.strerror or error}); free space or fix the path")
+    reason = error.strerror or str(error)
+    if in_hdf5 := _ERRNO_OF_HDF5.search(reason):
+        reason = os.strerror(int(in_hdf5[1]))
+    return InputError(f"{path}: cannot be written ({' '.join(reason.split())}); free space or fix the path")
 
 
 @contextmanager
@@ -148,21 +154,21 @@ def open_text(path: Path) -> Iterator[TextIO]:
 # ---- JSON
 
 
-class JsonText(str):
-    """A value that is JSON text already: `json_list_writer` writes it as it stands."""
+class JsonBytes(bytes):
+    """Values that are UTF-8 JSON already: `json_list_writer` writes them as they stand."""
 
 
 def read_json(path: Path) -> Any:
     """The value in a JSON file; raises InputError where it is missing, not UTF-8 or not whole."""
-    return read_json_and_text(path)[0]
+    return read_json_and_bytes(path)[0]
 
 
-def read_json_and_text(path: Path) -> tuple[Any, "JsonText"]:
-    """The value in a JSON file and its text; raises InputError as `read_json` does."""
+def read_json_and_bytes(path: Path) -> tuple[Any, bytes]:
+    """The value in a JSON file and its UTF-8, without a byte order mark; raises InputError as `read_json` does."""
     require_file(path, "holds the JSON")
     with _readable_json(path):
-        text = path.read_bytes().decode("utf-8-sig")
-        return json.loads(text), JsonText(text)
+        utf8 = path.read_bytes().removeprefix(BOM_UTF8)
+        return json.loads(utf8.decode()), utf8
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:
@@ -237,19 +243,20 @@ def write_json_list(path: Path, entries: Iterable[Any]) -> int:
 @contextmanager
 def json_list_writer(path: Path) -> Iterator[Callable[[Any], None]]:
     """A function that writes the next entry of a JSON list, one a line; the file is there when the block ends."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        before = "[\n"
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        before = b"[\n"
 
         def write(entry: Any) -> None:
             nonlocal before
             try:
-                file.write(before + (entry if isinstance(entry, JsonText) else json.dumps(entry, ensure_ascii=False)))
+                file.write(before)
+                file.write(entry if isinstance(entry, JsonBytes) else json.dumps(entry, ensure_ascii=False).encode())
             except OSError as error:  # raised here, it names the right one of several files that are written at once
                 raise _unwritable(path, error) from error
-            before = ",\n"
+            before = b",\n"
 
         yield write
-        file.write("\n]\n" if before == ",\n" else "[\n]\n")
+        file.write(b"\n]\n" if before == b",\n" else b"[\n]\n")
 
 
 @contextmanager
@@ -367,3 +374,13 @@ def remove_folder(path: Path) -> None:
     """Delete a folder and what is in it, where there is one."""
     if path.exists():
         shutil.rmtree(path)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that is there while the block runs; what a killed run left of it is deleted first."""
+    remove_folder(path)
+    try:
+        yield make_folder(path)
+    finally:
+        remove_folder(path)

@@ -65,6 +65,12 @@ class ProgressBar(tqdm):
         self.refresh()
 
 
+def end_bars() -> None:
+    """Leave the bars as they are, what is printed next on a line of its own; an error may have left some open."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
 @contextmanager
 def phase(what: str) -> Iterator[None]:
     """Under --verbose: say what begins, and how long it took once it has ended without an error."""

@@ -6,11 +6,12 @@ A list of `[token_text, probability, chunk_id, position, token_id]`, one row per
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from utils.files import InputError, JsonText, Manifest, read_finished, read_json_and_text, replacing
+from utils.files import InputError, Manifest, read_finished, read_json_and_bytes, replacing, require_folder
 
 STAGE = "extract_token_probs_and_memmap.py"
 _NAME = re.compile(r"token_probs_(\d+)\.json")
@@ -34,6 +35,23 @@ def read_extraction(path: Path) -> Manifest:
     return manifest
 
 
+def find_token_probs(given: Path, partition: str) -> tuple[Path, Manifest]:
+    """Stage 2's folder of the partition, where no window lacks its file, and its manifest."""
+    given = require_folder(given, "extract_token_probs_and_memmap.py wrote").absolute()
+    name = f"{partition}_manifest.json"
+    folder = given if given.name == partition and (given.parent / name).is_file() else given / partition
+    if not (folder.parent / name).is_file():
+        expected = f"stage 2's folder of the partition {partition}, with {name} beside it"
+        raise InputError(f"{given}: expected {expected}; give that folder, or run stage 2 first")
+    extraction = read_extraction(folder.parent / name)
+    require_folder(folder, "extract_token_probs_and_memmap.py wrote")
+    n_windows = extraction.results["n_windows"]
+    if missing := set(range(n_windows)).difference(windows_with_token_probs(folder)):
+        got = f"token_probs_{min(missing)}.json is missing, {len(missing)} of {n_windows} windows are"
+        raise InputError(f"{folder}: {got}; run stage 2 again, it goes on where it was")
+    return folder, extraction
+
+
 def token_probs_path(folder: Path, window: int) -> Path:
     return folder / f"token_probs_{window}.json"
 
@@ -55,23 +73,45 @@ def write_token_probs(
         file.write(json.dumps(list(rows), ensure_ascii=False))
 
 
+@dataclass(frozen=True)
+class WindowTokenProbs:
+    """What a window's file says of its L tokens, and its JSON on one line, which saves encoding it again."""
+
+    texts: list[str]
+    token_ids: np.ndarray  # (L,) int32
+    probabilities: np.ndarray  # (L,) float64
+    json: bytes
+
+    @property
+    def row_texts(self) -> list[bytes]:
+        """The JSON of each row without its brackets."""
+        between = "], ["
+        pieces = self.json[2:-2].split(between.encode())
+        # No text holds what stands between rows, so where it stands as often as rows meet, it stands there alone.
+        if len(pieces) == len(self.texts) and between not in "\n".join(self.texts):
+            return pieces
+        rows = [json.dumps(row, ensure_ascii=False)[1:-1] for row in json.loads(self.json)]
+        return [row.encode(errors="backslashreplace") for row in rows]
+
+
 def read_token_probs(folder: Path, window: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Texts, token ids (L,) int32 and probabilities (L,) float64 of a window.
+    """Texts, token ids (L,) int32 and probabilities (L,) float64 of a window; raises InputError as `read_window`."""
+    read = read_window(folder, window)
+    return read.texts, read.token_ids, read.probabilities
 
-    Raises InputError where the file is missing, damaged, of another window or holds something that is no probability.
+
+def read_window(folder: Path, window: int) -> WindowTokenProbs:
+    """What a window's file holds.
+
+    Raises InputError where it is missing, damaged, of another window or holds something that is no probability.
     """
-    return read_token_probs_and_json(folder, window)[:3]
-
-
-def read_token_probs_and_json(folder: Path, window: int) -> tuple[list[str], np.ndarray, np.ndarray, JsonText]:
-    """What `read_token_probs` gives, and the file's JSON on one line, which saves encoding it again."""
     path = token_probs_path(folder, window)
-    rows, text = read_json_and_text(path)
+    rows, text = read_json_and_bytes(path)
     try:
         texts, probabilities, windows, positions, token_ids = zip(*rows, strict=True)
         probs = np.array(probabilities, dtype=np.float64)
         ids = np.array(token_ids)
-        is_sound = np.array_equal(positions, np.arange(len(rows))) and set(windows) == {window}
+        is_sound = positions == tuple(range(len(rows))) and set(windows) == {window}
         is_sound &= (
             ids.dtype == np.int64
             and bool(ids.min() >= 0)
@@ -84,5 +124,5 @@ def read_token_probs_and_json(folder: Path, window: int) -> tuple[list[str], np.
         rows_of = f"[text, probability in [0, 1], {window}, position, token id]"
         raise InputError(f"{path}: is no list of {rows_of} rows in order; delete it and run stage 2 again")
     # A line break in JSON is never part of a value.
-    line = JsonText(text.strip().replace("\r", " ").replace("\n", " "))
-    return list(texts), ids.astype(np.int32), probs, line
+    line = text.strip().replace(b"\r", b" ").replace(b"\n", b" ")
+    return WindowTokenProbs(list(texts), ids.astype(np.int32), probs, line)

@@ -11,26 +11,37 @@ Depths ascend; within a depth rows are prefix-sorted, equal ones by window and p
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from utils.chunks import ChunkRows, sort_by_entry_and_length
 from utils.files import InputError, Manifest, read_finished, read_json, replacing, require_file, require_folder
+from utils.spilled_rows import KeyRange, Keys, SortedRows, Spill, SpilledRows, cut_evenly, read_sorted
+from utils.workers import in_processes
 
 MANIFEST = "manifest.json"
 HIDDEN_STATES_MANIFEST = "hidden_states_manifest.json"
 STAGE = "save_token_trie_info.py"
 HIDDEN_STATES_STAGE = "make_token_trie.py"
 GROUP = "hidden_states"
+SPILL_FOLDER = ".rows"  # of stage 3 while it runs
 
-# Ids of a row block that is JSON text in memory while a huge trie is written.
-BLOCK_IDS = 1 << 20
+# Ids of chunks that are made into JSON at a time.
+BLOCK_IDS = 1 << 18
+# Bytes of spilled rows that a process sorts at a time, where there is memory enough, and the least that is worth while.
+UNIT_BYTES, LEAST_UNIT_BYTES = 1 << 26, 1 << 19
+# What stage 3 needs beside them: itself with the tokenizer's libraries, a worker with a batch of windows; and what a unit
+# becomes while it is sorted and made into JSON.
+BYTES_OF_PARENT, BYTES_OF_WORKER, MEMORY_PER_UNIT_BYTE = 500_000_000, 150_000_000, 5
+# Enough that all processes end at about the same time.
+UNITS_PER_WORKER = 4
 # Bytes of an HDF5 superblock of version 0, and where it says at which byte the file ends.
 SUPERBLOCK_BYTES, END_OF_FILE_AT = 48, 40
 _TRIE_NAME = re.compile(r"(0|[1-9]\d{0,9})\.json")
@@ -208,54 +219,108 @@ def _is_whole(path: Path) -> bool:
 # ---- Chunks and positions
 
 
-def write_tries(folder: Path, rows: ChunkRows, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> int:
-    """Write both files of each entry token that lacks one; returns how many entry tokens there are.
+def unit_bytes_in(max_memory_gb: float, n_workers: int) -> int:
+    """The bytes of spilled rows that each process may sort at a time, for all of stage 3 to keep to some memory.
 
-    progress wraps the list of entry tokens that are gone through.
+    Raises InputError where that is too little for the processes themselves.
     """
-    order = sort_by_entry_and_length(rows)
-    depths = rows.lengths[order] + 1
-    entry_ids, first_rows = np.unique(rows.entry_ids[order], return_index=True)
-    row_bounds = np.append(first_rows, len(order)).tolist()
-    there = set(entry_token_ids(folder))
-    for i in progress(range(len(entry_ids))):
-        if (token := int(entry_ids[i])) not in there:
-            own = slice(row_bounds[i], row_bounds[i + 1])
-            _write_trie(folder, token, rows, order[own], depths[own])
-    return len(entry_ids)
+    for_rows = max_memory_gb * 1e9 - BYTES_OF_PARENT - n_workers * BYTES_OF_WORKER
+    n_bytes = int(for_rows / n_workers / MEMORY_PER_UNIT_BYTE)
+    if n_bytes < LEAST_UNIT_BYTES:
+        least = BYTES_OF_PARENT + n_workers * (BYTES_OF_WORKER + LEAST_UNIT_BYTES * MEMORY_PER_UNIT_BYTE)
+        needed = f"{n_workers} processes need {least / 1e9:.2f} of them"
+        raise InputError(f"--max_memory_gb {max_memory_gb:g}: {needed}; give that, or fewer --max_workers")
+    return min(n_bytes, UNIT_BYTES)
 
 
-def _write_trie(folder: Path, entry_token_id: int, rows: ChunkRows, selected: np.ndarray, depths: np.ndarray) -> None:
-    """selected (n,) int64, the entry token's rows in their order; depths (n,) ascending."""
-    bounds = np.flatnonzero(np.diff(depths, prepend=-1, append=-1)).tolist()
-    by_depth = {int(depths[a]): selected[a:b] for a, b in pairwise(bounds)}
+def write_tries(
+    folder: Path, spill: Spill, n_workers: int = 1, unit_bytes: int = UNIT_BYTES, there: Collection[int] = ()
+) -> Iterator[int]:
+    """Write both files of each entry token but of those that are there; yields, as tries are written, how many.
 
-    def id_rows(depth: int, block: np.ndarray) -> np.ndarray:
-        return rows.token_ids[rows.starts[block][:, None] - 1 + np.arange(depth)]  # (n, depth)
-
-    def place_rows(depth: int, block: np.ndarray) -> np.ndarray:
-        return np.stack([rows.windows[block], rows.positions[block]], axis=1)  # (n, 2)
-
-    _write_by_depth(trie_path(folder, entry_token_id), by_depth, id_rows)
-    _write_by_depth(positions_path(folder, entry_token_id), by_depth, place_rows)
+    unit_bytes: of spilled rows that a process sorts at a time.
+    """
+    shared_out = max(spill.n_bytes // (n_workers * UNITS_PER_WORKER), LEAST_UNIT_BYTES)
+    units = spill.units(min(unit_bytes, shared_out), there)
+    prepare = partial(_TrieWriter, folder, spill.files, spill.keys, frozenset(there))
+    yield from in_processes(prepare, units, n_workers, where=str(folder))
 
 
-def _write_by_depth(
-    path: Path, by_depth: dict[int, np.ndarray], table: Callable[[int, np.ndarray], np.ndarray]
-) -> None:
-    """Write `{depth: table(depth, rows)}`, a depth a line, a block of rows at a time."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        before_depth = "{\n"
-        for depth, rows in by_depth.items():
-            file.write(f'{before_depth}"{depth}": [')
-            n_block = max(BLOCK_IDS // depth, 1)
-            for first in range(0, len(rows), n_block):
-                # Python writes lists of integers as JSON does, and faster than its JSON encoder.
-                text = str(table(depth, rows[first : first + n_block]).tolist())
-                file.write((", " if first else "") + text[1:-1])
-            file.write("]")
-            before_depth = ",\n"
-        file.write("\n}\n")
+@dataclass(frozen=True)
+class _TrieWriter:
+    """Writes both files of the entry tokens whose rows were spilled, but of those that are there."""
+
+    folder: Path
+    files: Sequence[SpilledRows]
+    keys: Keys
+    there: frozenset[int]
+
+    def __call__(self, unit: KeyRange) -> int:
+        """Write the tries of a range of keys, which holds all rows of its entry tokens; returns how many."""
+        n_written = 0
+        for token, pieces in groupby(self._pieces(unit), key=itemgetter(0)):
+            if token not in self.there:
+                _write_trie(self.folder, token, pieces)
+                n_written += 1
+        return n_written
+
+    def _pieces(self, unit: KeyRange) -> Iterator[tuple[int, int, str, str]]:
+        """Entry token, depth and the JSON of some rows of these, of both files: in the order of the files."""
+        for part in cut_evenly(self.files, unit):
+            rows = read_sorted(self.files, part)
+            entry_ids = self.keys.entry_ids(rows.keys)
+            blocks = np.searchsorted(rows.offsets, np.arange(0, rows.offsets[-1], BLOCK_IDS)).tolist()
+            for first, end in pairwise([*dict.fromkeys(blocks), len(entry_ids)]):
+                yield from _pieces_of(entry_ids, rows, slice(first, end))
+
+
+def _pieces_of(entry_ids: np.ndarray, rows: SortedRows, block: slice) -> list[tuple[int, int, str, str]]:
+    pieces = []
+    entry_ids, starts, places = entry_ids[block], rows.offsets[:-1][block], rows.places[block]
+    depths = rows.lengths[block] + 1
+    by_depth = np.argsort(depths, kind="stable")
+    bounds = np.flatnonzero(np.diff(depths[by_depth], prepend=0, append=0)).tolist()
+    for own in (by_depth[first:end] for first, end in pairwise(bounds)):
+        depth = int(depths[own[0]])
+        chunks = rows.chunk_ids[starts[own][:, None] + np.arange(depth - 1)]
+        id_rows = np.concatenate([entry_ids[own][:, None], chunks], axis=1)  # (n, depth)
+        firsts = np.flatnonzero(np.diff(entry_ids[own], prepend=-1))
+        texts = zip(_json_of_rows(id_rows, firsts), _json_of_rows(places[own], firsts), strict=True)
+        for token, (ids, positions) in zip(entry_ids[own][firsts].tolist(), texts, strict=True):
+            pieces.append((token, depth, ids, positions))
+    return sorted(pieces)
+
+
+def _json_of_rows(table: np.ndarray, firsts: np.ndarray) -> Iterator[str]:
+    """The rows of a table (n, k) from each of `firsts` to the next as "[1, 2], [3, 4]"."""
+    # Python writes lists of integers as JSON does, and best a whole table at once; where a row begins is counted.
+    text = str(table.tolist())[1:-1]
+    n_digits = np.ones(table.shape, dtype=np.int64)
+    power = 10
+    while power <= table.max():
+        n_digits += table >= power
+        power *= 10
+    ends = np.cumsum(n_digits.sum(axis=1) + 2 * table.shape[1] + 2)
+    bounds = np.append(0, ends)[np.append(firsts, len(table))].tolist()
+    return (text[first : end - 2] for first, end in pairwise(bounds))
+
+
+def _write_trie(folder: Path, entry_token_id: int, pieces: Iterable[tuple[int, int, str, str]]) -> None:
+    """Write both files, a depth a line."""
+    with (
+        replacing(trie_path(folder, entry_token_id)) as trie,
+        replacing(positions_path(folder, entry_token_id)) as positions,
+        open(trie, "wb") as ids_file,
+        open(positions, "wb") as places_file,
+    ):
+        before_depth, last = "{\n", 0
+        for _, depth, ids, places in pieces:
+            before = ", " if depth == last else f'{before_depth}"{depth}": ['
+            ids_file.write((before + ids).encode())
+            places_file.write((before + places).encode())
+            before_depth, last = "],\n", depth
+        ids_file.write(b"]\n}\n")
+        places_file.write(b"]\n}\n")
 
 
 def read_trie_rows(folder: Path, entry_token_id: int) -> TrieRows:

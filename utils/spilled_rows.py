@@ -1,0 +1,206 @@
+"""Rows of token tries on their way from the windows to the tries, in files: stage 3 sorts more than its memory holds.
+
+Each batch of windows leaves one file, its rows by key: entry token, then chunk length, then, as far as bits are left,
+the chunk's first token. Keys order rows as the tries do, so the rows of a range of keys are one piece of each file, and
+all of them together can be sorted alone. Rows with the same key stand in the order of the corpus, files and rows both.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.chunks import ChunkRows, sort_chunks, take_chunks
+from utils.files import replacing
+
+# Bits of a key that hold the chunk's length: no window has so many tokens.
+LENGTH_BITS = 24
+KEY_BITS = 62  # so that what is above all keys is an int64 too
+# Keys of a range that are looked at to find where to cut it.
+SAMPLED_KEYS = 1 << 14
+# Bytes of a row in memory beside its chunk's ids: key, offset and place.
+ROW_BYTES, ID_BYTES = 24, 4
+
+
+@dataclass(frozen=True)
+class Keys:
+    """How rows are made into ascending int64 keys; ids are below n_token_ids."""
+
+    n_token_ids: int
+
+    @property
+    def _id_bits(self) -> int:
+        return max(self.n_token_ids - 1, 1).bit_length()
+
+    @property
+    def _bits_below_entry(self) -> int:
+        return KEY_BITS - self._id_bits
+
+    def first_of(self, entry_id: int) -> int:
+        """The least key of an entry token; that of `n_token_ids` is above all."""
+        return entry_id << self._bits_below_entry
+
+    def of(self, entry_ids: np.ndarray, lengths: np.ndarray, first_ids: np.ndarray) -> np.ndarray:
+        """(N,) int64."""
+        bits_of_first = self._bits_below_entry - LENGTH_BITS
+        left_out = max(self._id_bits - bits_of_first, 0)
+        keys = entry_ids.astype(np.int64) << LENGTH_BITS
+        keys |= lengths
+        keys <<= bits_of_first
+        return np.asarray(keys | (first_ids.astype(np.int64) >> left_out))
+
+    def entry_ids(self, keys: np.ndarray) -> np.ndarray:
+        """(N,) int64."""
+        return keys >> self._bits_below_entry
+
+
+class KeyRange(NamedTuple):
+    """The keys from `first` on and below `end`, and in how many parts of about as many rows they are to be sorted."""
+
+    first: int
+    end: int
+    n_parts: int = 1
+
+
+@dataclass(frozen=True)
+class SortedRows:
+    """N rows of token tries by key, in the file only by key."""
+
+    keys: np.ndarray  # (N,) int64
+    offsets: np.ndarray  # (N + 1,) int64: row n's chunk is chunk_ids[offsets[n]:offsets[n + 1]]
+    places: np.ndarray  # (N, 2) int32, window and position of the entry token
+    chunk_ids: np.ndarray  # (M,) int32
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class SpilledRows:
+    """A file of rows by key: the arrays of a `SortedRows` one after the other."""
+
+    path: Path
+    n_rows: int
+    n_ids: int
+
+
+@dataclass
+class Spill:
+    """All rows of a corpus in files, in the order of the corpus, and how many bytes each entry token has there."""
+
+    keys: Keys
+    files: list[SpilledRows] = field(default_factory=list)
+    bytes_by_entry: np.ndarray = field(init=False)  # (n_token_ids,) int64
+
+    def __post_init__(self) -> None:
+        self.bytes_by_entry = np.zeros(self.keys.n_token_ids, dtype=np.int64)
+
+    @property
+    def n_rows(self) -> int:
+        return sum(file.n_rows for file in self.files)
+
+    @property
+    def n_bytes(self) -> int:
+        return int(self.bytes_by_entry.sum())
+
+    @property
+    def n_entry_tokens(self) -> int:
+        return int(np.count_nonzero(self.bytes_by_entry))
+
+    def add(self, file: SpilledRows) -> None:
+        if file.n_rows:
+            self.files.append(file)
+            rows = _mapped(file)
+            entry_ids = self.keys.entry_ids(rows.keys)
+            firsts = np.flatnonzero(np.diff(entry_ids, prepend=-1))
+            n_bytes = rows.offsets[1:] * ID_BYTES + np.arange(1, len(entry_ids) + 1) * ROW_BYTES
+            ends = np.append(firsts[1:], len(entry_ids)) - 1
+            self.bytes_by_entry[entry_ids[firsts]] += np.diff(n_bytes[ends], prepend=0)
+
+    def units(self, n_bytes: int, done: Iterable[int] = ()) -> list[KeyRange]:
+        """Ranges of keys, each with all rows of its entry tokens, to sort one by one, the largest first.
+
+        A unit holds at most about `n_bytes`, or one entry token, which is to be sorted in parts. done: entry tokens that
+        need no unit.
+        """
+        sizes = self.bytes_by_entry.copy()
+        sizes[list(done)] = 0
+        entry_ids = np.flatnonzero(sizes)
+        ends = np.cumsum(sizes[entry_ids])
+        lasts = np.flatnonzero(np.diff(ends // n_bytes, append=-1))
+        totals = np.diff(ends[lasts], prepend=0)
+        firsts = np.append(0, lasts[:-1] + 1)[: len(lasts)]
+        bounds = zip(entry_ids[firsts].tolist(), entry_ids[lasts].tolist(), strict=True)
+        ranges = [
+            (total, KeyRange(self.keys.first_of(first), self.keys.first_of(last + 1), -(-total // n_bytes)))
+            for (first, last), total in zip(bounds, totals.tolist(), strict=True)
+        ]
+        return [keys for _, keys in sorted(ranges, reverse=True)]
+
+
+def spill(path: Path, rows: ChunkRows, keys: Keys) -> SpilledRows:
+    """Write the rows of some windows."""
+    row_keys = keys.of(rows.entry_ids, rows.lengths, rows.token_ids[rows.starts])
+    order = np.argsort(row_keys, kind="stable")
+    chunk_ids, offsets = take_chunks(rows.token_ids, rows.starts[order], rows.lengths[order])
+    places = np.stack([rows.windows[order], rows.positions[order]], axis=1)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        for array in (row_keys[order], offsets, places, chunk_ids):
+            file.write(array.data)
+    return SpilledRows(path, len(order), len(chunk_ids))
+
+
+def read_sorted(files: Sequence[SpilledRows], keys: KeyRange) -> SortedRows:
+    """The rows of all files with a key of the range, sorted by key, then prefix-sorted."""
+    parts = [_read(file, keys) for file in files]
+    row_keys, lengths, places, chunk_ids = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("keys", "lengths", "places", "chunk_ids")
+    )
+    del parts
+    starts = np.cumsum(lengths) - lengths
+    order = sort_chunks(chunk_ids, np.append(starts, len(chunk_ids)), row_keys)
+    chunk_ids, offsets = take_chunks(chunk_ids, starts[order], lengths[order])
+    return SortedRows(row_keys[order], offsets, places[order], chunk_ids)
+
+
+def cut_evenly(files: Sequence[SpilledRows], keys: KeyRange) -> list[KeyRange]:
+    """A range of keys in its parts, as samples tell where to cut; fewer where many rows have the same key."""
+    if keys.n_parts == 1:
+        return [keys]
+    samples, weights = [], []
+    for file in files:
+        found = _mapped(file).keys
+        found = found[slice(*np.searchsorted(found, [keys.first, keys.end]))]
+        step = len(found) * len(files) // SAMPLED_KEYS + 1
+        samples.append(found[::step])
+        weights.append(np.full(len(samples[-1]), step))
+    sample, weight = np.concatenate(samples), np.concatenate(weights)
+    order = np.argsort(sample)
+    below = np.cumsum(weight[order])
+    cuts = sample[order][np.searchsorted(below, np.arange(1, keys.n_parts) * (below[-1] / keys.n_parts))]
+    bounds = [keys.first, *np.unique(cuts[cuts > keys.first]).tolist(), keys.end]
+    return [KeyRange(first, end) for first, end in pairwise(bounds)]
+
+
+def _read(file: SpilledRows, keys: KeyRange) -> SortedRows:
+    """The rows of a range of keys, copied."""
+    rows = _mapped(file)
+    first, end = np.searchsorted(rows.keys, [keys.first, keys.end])
+    offsets = rows.offsets[first : end + 1]
+    ids = rows.chunk_ids[offsets[0] : offsets[-1]]
+    return SortedRows(rows.keys[first:end].copy(), offsets - offsets[0], rows.places[first:end].copy(), ids.copy())
+
+
+def _mapped(file: SpilledRows) -> SortedRows:
+    """All rows of a file, nothing read yet; the file is closed with the last of the arrays."""
+    data = np.asarray(np.memmap(file.path, np.uint8, "r"))
+    n = file.n_rows
+    ends = np.cumsum([8 * n, 8 * (n + 1), 8 * n, 4 * file.n_ids])
+    keys, offsets, places, chunk_ids = np.split(data, ends[:-1])
+    return SortedRows(
+        keys.view(np.int64), offsets.view(np.int64), places.view(np.int32).reshape(-1, 2), chunk_ids.view(np.int32)
+    )

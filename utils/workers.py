@@ -1,0 +1,90 @@
+"""Worker processes: the same work on many tasks, shared out over the cores, with little in memory at a time.
+
+Workers are forked from a server that has loaded what the script itself has, never torch where it does not: such a
+worker starts in milliseconds and takes few megabytes.
+"""
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import get_context, parent_process
+from typing import Any, TypeVar
+
+from utils.files import InputError, n_cores
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+# Tasks handed out per process: one at work, one that waits for it, so that no process waits for the parent.
+TASKS_AHEAD = 2
+
+
+def n_workers_for(max_workers: int | None) -> int:
+    """How many processes to use: never more than there are cores."""
+    return min(max_workers or n_cores(), n_cores())
+
+
+def in_processes(
+    prepare: Callable[[], Callable[[Task], Result]],
+    tasks: Sequence[Task],
+    max_workers: int,
+    *,
+    where: str,
+    in_order: bool = False,
+) -> Iterator[Result]:
+    """Yield the results of some tasks, done by at most `max_workers` processes; by this one where one is enough.
+
+    prepare: called once in each process, gives the function that does a task; pickled, like tasks and results.
+    in_order: results come in the order of the tasks, else as they end. At most `TASKS_AHEAD` tasks per process are
+    handed out at a time. An error of a task is raised here; InputError, which begins with `where`, if a process died.
+    """
+    n_workers = min(max_workers, len(tasks))
+    if n_workers <= 1:
+        yield from map(prepare(), tasks)
+        return
+    # Not forked from this process: it may have threads.
+    with ProcessPoolExecutor(n_workers, get_context("forkserver"), _start_worker, (prepare,)) as pool:
+        waiting = iter(tasks)
+        under_way: deque[Future[Result]] = deque(
+            pool.submit(_work_on, task) for task in islice(waiting, TASKS_AHEAD * n_workers)
+        )
+        try:
+            while under_way:
+                done = under_way[0] if in_order else next(iter(wait(under_way, return_when=FIRST_COMPLETED).done))
+                under_way.remove(done)
+                result = done.result()
+                under_way.extend(pool.submit(_work_on, task) for task in islice(waiting, 1))
+                yield result
+        except BrokenProcessPool as error:
+            message = f"{where}: a worker process was ended from outside, for lack of memory perhaps"
+            raise InputError(f"{message}; run again with fewer --max_workers") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_work: Callable[[Any], Any] | None = None  # of a worker process
+
+
+def _start_worker(prepare: Callable[[], Callable[[Any], Any]]) -> None:
+    global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _work = prepare()
+
+
+def _end_with_parent() -> None:
+    # A worker that outlived its killed parent would write beside the run that goes on.
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work_on(task: Any) -> Any:
+    assert _work is not None
+    return _work(task)
