@@ -25,7 +25,7 @@ from utils.windows import WindowPlan, WindowShape
 SPLITS = ("train", "validation", "test")
 # θ of the default map are tried on validation: the paper tunes its η too, and what is right differs from model to model.
 THETAS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.995)
-DEFAULT, TUNED, CONSTANT, FITTED = "default map", "default map, tuned θ", "best constant q", "fitted map"
+DEFAULT, TUNED, CONSTANT, FITTED = "default map, θ", "default map, tuned θ", "best constant q", "fitted map"
 N_RESAMPLES = 2000
 
 
@@ -141,7 +141,7 @@ class Reader:
 def shown(name: str, setting: Acceptance | AcceptanceMap) -> str:
     """A setting in words, with its number."""
     if isinstance(setting, Acceptance):
-        return f"{name}, θ {setting.similarity_threshold:g}"
+        return f"{name} {setting.similarity_threshold:g}"
     return f"{name} {setting.probabilities[0]:.3g}" if name == CONSTANT else name
 
 
@@ -167,6 +167,18 @@ def cdlm_rows(maps: dict[str, Acceptance | AcceptanceMap], proposals: Proposals,
 def without_windows(rows: dict[str, Any]) -> dict[str, Any]:
     """The rows as they are written, without what each window had."""
     return {name: {key: value for key, value in row.items() if key != "log_p"} for name, row in rows.items()}
+
+
+def proposals_in_words(proposals: Proposals) -> str:
+    """At how many positions there was one, how many were right, and how similar they were."""
+    known = ~np.isnan(proposals.similarities)
+    if not known.any():
+        return "no proposals"
+    quantiles = np.percentile(proposals.similarities[known], [5, 25, 50, 75, 95])
+    return (
+        f"proposals at {known.mean():.1%}, {proposals.matches[known].mean():.1%} of them what the text says; "
+        f"similarity, 5 to 95%: {' '.join(f'{value:.3f}' for value in quantiles)}"
+    )
 
 
 def perplexity_cells(row: dict[str, Any]) -> list[str]:

@@ -1,0 +1,121 @@
+"""The paper's tables: kNN-LM and the removal of near-duplicates equal what loops give, and the commands run."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS
+
+from benchmarks.paper import knn_lm
+from benchmarks.paper.common import mean_interval, ratio
+from benchmarks.paper.knn_lm import Choice, Keys, best_weight, knn_probabilities, nearest_keys
+from utils.corpora import Passage
+from utils.models import load_tokenizer
+from utils.perplexity import Positions
+from utils.windows import WindowShape, plan_windows
+
+RNG = np.random.default_rng
+
+
+# ---- kNN-LM
+
+
+@pytest.mark.parametrize("stride", [30, 40])
+def test_every_token_with_a_next_one_is_a_key_once(gpt2_folder, tmp_path, stride):
+    tokenizer = load_tokenizer(str(gpt2_folder))
+    plan = plan_windows([Passage(text) for text in TEXTS], tokenizer, WindowShape(40, stride, 2), tmp_path)
+    vectors = RNG(0).normal(size=(plan.n_tokens, 3)).astype(np.float32)
+    keys = Keys.of_windows(plan, vectors)
+    passages = [tokenizer.encode(text) for text in TEXTS]
+    tokens, ends = (
+        [token for passage in passages for token in passage],
+        np.cumsum([len(passage) for passage in passages]),
+    )
+    seen = []
+    firsts = np.cumsum(plan.lengths) - plan.lengths
+    for row, next_id in zip(keys.kept.tolist(), keys.next_ids.tolist(), strict=True):
+        window = int(np.searchsorted(firsts, row, side="right")) - 1
+        place = int(plan.starts[window] + row - firsts[window])
+        assert tokens[place + 1] == next_id
+        seen.append(place)
+    wanted = set(range(int(ends[-1]))) - set((ends - 1).tolist())
+    if stride == 40:  # windows that share nothing: what follows a window's last token is not read with it
+        wanted -= set((plan.starts + plan.lengths - 1).tolist())
+    assert sorted(seen) == sorted(wanted)
+
+
+def made_keys(n_keys: int, n_ids: int = 6) -> Keys:
+    vectors = RNG(1).normal(size=(n_keys + 7, 5)).astype(np.float16)
+    kept = np.sort(RNG(2).choice(n_keys + 7, n_keys, replace=False))
+    return Keys(vectors, kept, RNG(3).integers(0, n_ids, n_keys))
+
+
+@pytest.mark.parametrize("n_keys", [3, 50, 200])
+def test_knn_probabilities_are_those_of_loops(monkeypatch, n_keys):
+    monkeypatch.setattr(knn_lm, "KEYS_AT_ONCE", 16)
+    keys, queries = made_keys(n_keys), RNG(4).normal(size=(9, 5)).astype(np.float32)
+    targets = RNG(5).integers(0, 6, 9)
+    found = knn_probabilities(
+        *nearest_keys(keys, torch.from_numpy(queries), 20), torch.from_numpy(targets), (1, 8, 20), (0.5, 3.0)
+    )
+    for q, query in enumerate(queries.astype(np.float64)):
+        distances = ((keys.vectors[keys.kept].astype(np.float64) - query) ** 2).sum(axis=1)
+        for i, k in enumerate((1, 8, 20)):
+            nearest = np.argsort(distances)[:k]
+            for j, temperature in enumerate((0.5, 3.0)):
+                weights = np.exp(-distances[nearest] / temperature)
+                wanted = weights[keys.next_ids[nearest] == targets[q]].sum() / weights.sum()
+                assert found[i, j, q] == pytest.approx(wanted, rel=1e-4, abs=1e-7)
+
+
+def test_probabilities_of_all_tokens_add_up_to_one():
+    keys, queries = made_keys(60), torch.from_numpy(RNG(4).normal(size=(4, 5)).astype(np.float32))
+    nearest = nearest_keys(keys, queries, 10)
+    total = sum(knn_probabilities(*nearest, torch.full((4,), token), [10], [1.0]) for token in range(6))
+    assert total.ravel().tolist() == pytest.approx([1.0] * 4)
+
+
+def test_the_weight_is_that_of_a_fine_grid():
+    rng = RNG(6)
+    of_knn = np.where(rng.random(400) < 0.4, rng.random(400), 0.0)
+    of_lm = np.log(rng.uniform(0.05, 0.5, 400))
+    grid = np.linspace(0.001, 0.999, 999)
+    likelihood = [Choice(1, 1.0, weight).log_probs(of_knn, of_lm).sum() for weight in grid]
+    assert best_weight(of_knn, of_lm) == pytest.approx(grid[int(np.argmax(likelihood))], abs=2e-3)
+    assert best_weight(np.zeros(400), of_lm) < 1e-6
+
+
+def test_tuning_finds_the_best_of_its_grid_and_the_text_that_follows_it_is_scored_as_by_it():
+    keys = made_keys(300)
+    rng = RNG(7)
+    hidden, following = rng.normal(size=(40, 5)).astype(np.float32), rng.integers(0, 6, 40)
+    of_lm = np.log(rng.uniform(0.02, 0.3, 40))
+    places = rng.permutation(40)
+    parts = [
+        Positions(following[at], at, hidden[at], following[at], of_lm[at], at) for at in (places[:25], places[25:])
+    ]
+    choice = knn_lm.tune(keys, parts, of_lm, torch.device("cpu"))
+    tuned = knn_lm.log_probs(keys, parts, of_lm, choice, torch.device("cpu"))
+    for other in (replace(choice, n_neighbors=16), replace(choice, temperature=choice.temperature / 2)):
+        worse = knn_lm.log_probs(keys, parts, of_lm, replace(other, weight=choice.weight), torch.device("cpu"))
+        assert worse.sum() <= tuned.sum() + 1e-5
+    assert tuned.sum() >= of_lm.sum() - 1e-5
+
+
+# ---- Intervals
+
+
+def test_a_mean_lies_in_its_interval_which_narrows_with_more_values():
+    rng = RNG(8)
+    few, many = mean_interval(rng.normal(3, 1, 20)), mean_interval(rng.normal(3, 1, 2000))
+    assert few.lower < few.value < few.upper
+    assert many.upper - many.lower < 0.2 * (few.upper - few.lower)
+    assert many.upper - many.lower == pytest.approx(2 * 1.96 / np.sqrt(2000), rel=0.15)
+
+
+def test_the_ratio_of_perplexities_weighs_windows_by_their_tokens():
+    log_p, other, lengths = np.array([-10.0, -2.0]), np.array([-12.0, -2.5]), np.array([5, 1])
+    found = ratio(log_p, other, lengths)
+    assert found.value == pytest.approx(np.exp(-(12 + 2.5 - 10 - 2) / 6))
+    assert found.lower <= found.value <= found.upper < 1
