@@ -6,7 +6,7 @@ Writes  OUTPUT_DIR/data, extracted, tries    stages 1 to 4, one datastore of all
 Run     python examples/expert_facts.py --output_dir output/expert_facts
 
 An answer is right where the fact stands in its tokens, and false where other facts of the directory do instead. θ is
-chosen on the people held out, the first ones of the directory; the others are reported. Decoding is greedy.
+chosen on the people held out, the first ones of the directory; the others are reported.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from utils.cli import Parser, add_model, positive_int, run_script
+from utils.cli import Parser, add_model, non_negative_float, non_negative_int, positive_int, run_script
 from utils.files import InputError, make_folder, package_versions, require_file, sole_writer, write_json
 from utils.token_trie import trie_folder_path
 
@@ -38,6 +38,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the datastore and the results")
     parser.add_argument("--n_held_out", type=positive_int, default=16, help="people on whom θ is chosen")
     parser.add_argument("--max_new_tokens", type=positive_int, default=20, help="tokens of an answer")
+    parser.add_argument("--temperature", type=non_negative_float, default=0.0, help="of the LM's tokens; 0 is greedy")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the drawing of tokens")
     args = parser.parse_args(argv)
     args.model_path = args.model_path or str(ROOT / MODEL)
     args.directory = args.directory or ROOT / DIRECTORY
@@ -96,7 +98,8 @@ def measure(args: argparse.Namespace, held_out: list["Question"], reported: list
     lm = load_lm(args.model_path, args.device, args.dtype, args.cache_dir)
     tries = trie_folder_path(args.output_dir / "tries", *LABELS, THRESHOLD)
     datastore = open_datastore(tries, device=lm.device, max_bytes=10**9)
-    asker = Asker(lm, load_tokenizer(args.model_path, args.cache_dir), datastore, args.max_new_tokens)
+    tokenizer = load_tokenizer(args.model_path, args.cache_dir)
+    asker = Asker(lm, tokenizer, datastore, args.max_new_tokens, args.temperature, args.seed)
     facts = {question.fact for question in (*held_out, *reported)}
     by_threshold = {
         threshold: count(zip(held_out, asker.ask(held_out, WITH_CHUNKS, threshold), strict=True), facts)

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils.cli import Parser, run_script
+from utils.cli import Parser, non_negative_int, run_script
 from utils.files import write_json_list
 
-SEED = 0
 FIRST_NAMES = "Ada Bela Carl Dora Emil Fay Gus Hana Ivo Jana Karl Lena Milo Nora Otto Pia Quin Rosa Sven Tara"
 SURNAMES = (
     "Quill Marsh Brandt Okoye Lindt Ferro Novak Castel Hollis Vance Tamm Dray Whitlow Sorel Pike Amato Beck "
@@ -44,18 +43,19 @@ OPENINGS = ("According to the directory, the", "Visitors often ask what the", "A
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--output_file", type=Path, required=True, help="file to write")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="another seed invents other people and facts")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    n_facts = write_json_list(args.output_file, directory())
+    n_facts = write_json_list(args.output_file, directory(args.seed))
     print(f"{args.output_file}: {n_facts} facts of {n_facts // len(SENTENCES)} people")
 
 
-def directory() -> list[dict[str, Any]]:
+def directory(seed: int) -> list[dict[str, Any]]:
     """An entry for each fact of each person; no two people share one."""
-    rng = random.Random(SEED)
+    rng = random.Random(seed)
     first_names, surnames = FIRST_NAMES.split(), SURNAMES.split()
     n = len(surnames)
     facts = {

@@ -83,13 +83,19 @@ def _is_entry(entry: Any) -> bool:
 
 
 class Asker:
-    """Generates answers of so many tokens, greedily."""
+    """Generates answers of so many tokens, drawn with a seed at a temperature, 0 for greedy ones."""
 
     def __init__(
-        self, lm: CausalLM, tokenizer: PreTrainedTokenizerBase, datastore: Datastore, max_new_tokens: int
+        self,
+        lm: CausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        datastore: Datastore,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> None:
         self._lm, self._tokenizer, self._datastore = lm, tokenizer, datastore
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
 
     def ask(self, questions: Sequence[Question], way: str, threshold: float = 1.0) -> list[str]:
         """The new text after each prompt. threshold: θ of the chunks.
@@ -110,10 +116,11 @@ class Asker:
 
     def _answers(self, questions: Sequence[Question], way: str, retriever: Retriever | None) -> list[str]:
         requests = [
-            Request(n, self._prompt_ids(question, way), self._max_new_tokens) for n, question in enumerate(questions)
+            Request(n, self._prompt_ids(question, way), self._max_new_tokens, self._seed)
+            for n, question in enumerate(questions)
         ]
         ends = eos_token_ids(self._lm, self._tokenizer)
-        decoding = Decoding(Sampler.from_settings(0, 0, 1), ends, retriever, BATCH_SIZE)
+        decoding = Decoding(Sampler.from_settings(self._temperature, None, None), ends, retriever, BATCH_SIZE)
         texts = [""] * len(requests)
         for generation in decode(self._lm, requests, decoding):
             texts[generation.index] = str(self._tokenizer.decode(generation.new_token_ids))

@@ -1,0 +1,206 @@
+"""The paper's table of efficiency: a model speeds itself up with chunks of its own answers (SCD, section 6.2).
+
+eval.py generates some answers to each prompt and writes them as a corpus; stages 2 to 4 make a datastore of it; the
+prompts are asked again with other seeds, plainly and with chunks at several θ, in one process and in turn.
+
+FPS       1 - forward passes / new tokens
+TTS       1 - seconds per new token / the baseline's, prompt and retrieval included, of the same seed
+ROUGE-L   F1 of the longest common subsequence of words with the baseline's text of the same prompt and seed, mean over
+          prompts; "baseline, next seed" is how alike two samples of the model itself are
+perplexity   of the new tokens under the base LM, exp(total nats / total tokens)
+
+Each figure is of one seed's texts; the mean over seeds is printed with Student's 95% interval.
+
+Run     python benchmarks/paper/efficiency.py --output efficiency.json
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from benchmarks.common import hardware, table, write_json
+from benchmarks.paper.datastores import Work, add_work, work_of
+from benchmarks.paper.datastores import run_script as run_stage
+from benchmarks.paper.generating import (
+    BASELINE,
+    Asking,
+    Generations,
+    OverSeeds,
+    add_generation,
+    cells,
+    figures_over_seeds,
+    forward_passes_saved,
+    perplexity_under,
+    prompt_file_of,
+    seconds_per_token,
+    share_from_chunks,
+)
+from utils.acceptance import Acceptance
+from utils.cli import Parser, cosine, positive_int, run_script, share
+from utils.corpora import split_path
+from utils.datastore import Datastore, open_datastore
+from utils.decoding import Decoding
+from utils.files import InputError, file_fingerprint
+from utils.generation import Generation
+from utils.retrieval import Retriever
+
+OTHER_SEED = "baseline, next seed"
+# The answers are windows of their own, each with its prompt in front as when it is asked again: no token is context only.
+SKIP_FIRST_TOKENS = 0
+HEADER = ("", "FPS %", "TTS %", "ROUGE-L", "perplexity", "from chunks %", "accepted %", "tokens/s")
+COLUMNS = {
+    "fps": (100.0, 1),
+    "tts": (100.0, 1),
+    "rouge_l": (1.0, 3),
+    "perplexity": (1.0, 2),
+    "from_chunks": (100.0, 1),
+    "accepted": (100.0, 1),
+    "tokens_per_second": (1.0, 0),
+}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add_work(parser)
+    add_generation(parser, temperature=0.7)
+    parser.add_argument("--n_answers", type=positive_int, default=5, help="answers to a prompt that make the datastore")
+    parser.add_argument("--tok_prob_threshold", type=share, default=0.9, help="γ of the datastore, in [0, 1)")
+    parser.add_argument(
+        "--similarity_thresholds",
+        type=cosine,
+        nargs="+",
+        default=[0.7, 0.8, 0.9, 0.95, 0.98, 0.99],
+        metavar="θ",
+        help="cosine similarities from which a chunk is accepted",
+    )
+    parser.add_argument("--output", type=Path, help="JSON file of all results")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    require_rouge()
+    work = work_of(args)
+    work = work.of_models(work.model_gen, work.model_gen)
+    asking = Asking.of(args, work)
+    folder = answers(args, work).tries(args.tok_prob_threshold, skip_first_tokens=SKIP_FIRST_TOKENS)
+    datastore = open_datastore(folder, device=asking.lm.device, max_bytes=2**63)
+    datastore.load_all()
+    generations = asking.generate({BASELINE: asking.decoding} | ways(asking, datastore, args.similarity_thresholds))
+    rows = figures(asking, generations)
+    print(table(HEADER, [cells(name, row, COLUMNS) for name, row in rows.items()]))
+    similarities = [seen.similarity for each in last_way(generations) if each.trace for seen in each.trace.proposals]
+    quantiles = np.percentile(similarities, [5, 25, 50, 75, 95]).tolist() if similarities else None
+    print(
+        f"\n{len(asking.prompts)} prompts, {len(args.seeds)} seeds, at most {args.max_new_tokens} tokens each, ", end=""
+    )
+    print(
+        f"temperature {args.temperature:g}; {sum(datastore.n_rows.values()):,} rows of {args.n_answers} answers a prompt"
+    )
+    if quantiles:
+        print(
+            "best similarity at the highest θ, quantiles 5, 25, 50, 75, 95%: "
+            + ", ".join(f"{q:.3f}" for q in quantiles)
+        )
+    print(", ".join(f"{name} {value}" for name, value in hardware(asking.lm.device).items()))
+    if args.output is not None:
+        document: dict[str, Any] = {
+            "rows": {name: {key: asdict(f) for key, f in row.items()} for name, row in rows.items()},
+            "similarity_quantiles": quantiles,
+            "datastore_rows": sum(datastore.n_rows.values()),
+        }
+        write_json(args.output, asking.lm.device, argv, document)
+
+
+def answers(args: argparse.Namespace, work: Work) -> Work:
+    """The corpus of the model's own answers, as a text to make datastores of."""
+    corpus = work.folder / "scd" / "corpus"
+    flags: list[object] = ["--model_path", work.model_gen, "--gen_baseline_only", *work.model_flags, *work.cache_flags]
+    flags += ["--prompt_file", prompt_file_of(args, work), "--num_return_sequences", args.n_answers]
+    flags += ["--max_new_tokens", args.max_new_tokens, "--temperature", args.temperature, "--batch_size", 8]
+    flags += ["--seed", max(args.seeds) + 1, "--save_dir", work.folder / "scd" / "answers", "--overwrite"]
+    run_stage("eval.py", *flags, "--save_as_corpus", corpus)
+    name = f"scd/{file_fingerprint(split_path(corpus, 'train'))[:12]}"
+    return replace(work.of_text(corpus, name), dataset="answers", partition="train", window_flags=("--min_length", "1"))
+
+
+def ways(asking: Asking, datastore: Datastore, thresholds: Sequence[float]) -> dict[str, Callable[[], Decoding]]:
+    """Chunk mode at each θ."""
+
+    def chunk(threshold: float) -> Decoding:
+        return replace(asking.decoding(), retriever=Retriever(datastore, Acceptance(threshold)))
+
+    return {f"θ {threshold:g}": partial(chunk, threshold) for threshold in sorted(thresholds)}
+
+
+def last_way(generations: Generations) -> list[Generation]:
+    return [each for of_seed in generations[list(generations)[-1]].values() for each in of_seed]
+
+
+# ---- Figures
+
+
+def figures(asking: Asking, generations: Generations) -> dict[str, dict[str, OverSeeds]]:
+    """By way, each figure by its name."""
+    seeds = asking.args.seeds
+    baseline = generations[BASELINE]
+    by_way = {
+        name: [of_seed(asking, runs[seed], baseline[seed], name) for seed in seeds]
+        for name, runs in generations.items()
+    }
+    following = [*seeds[1:], seeds[0]]
+    alike = [{"rouge_l": mean_rouge(asking, baseline[b], baseline[a])} for a, b in zip(seeds, following, strict=True)]
+    by_way = {BASELINE: by_way.pop(BASELINE), OTHER_SEED: alike} | by_way
+    return {name: figures_over_seeds(values) for name, values in by_way.items()}
+
+
+def of_seed(asking: Asking, texts: list[Generation], baseline: list[Generation], name: str) -> dict[str, float]:
+    found = {"perplexity": perplexity_under(asking.lm, texts), "tokens_per_second": 1 / seconds_per_token(texts)}
+    if name == BASELINE:
+        return found
+    n_proposals = sum(len(each.trace.proposals) for each in texts if each.trace)
+    return found | {
+        "fps": forward_passes_saved(texts),
+        "tts": 1 - seconds_per_token(texts) / seconds_per_token(baseline),
+        "rouge_l": mean_rouge(asking, texts, baseline),
+        "from_chunks": share_from_chunks(texts),
+        "accepted": sum(len(each.chunks) for each in texts) / n_proposals if n_proposals else 0.0,
+    }
+
+
+def mean_rouge(asking: Asking, texts: list[Generation], references: list[Generation]) -> float:
+    pairs = zip(texts, references, strict=True)
+    return float(np.mean([rouge_l(asking.text(a), asking.text(b)) for a, b in pairs]))
+
+
+def rouge_l(text: str, reference: str) -> float:
+    """F1 of ROUGE-L: twice the longest common subsequence of words over the words of both; words as \\w+, in lower case.
+
+    rapidfuzz calls it the normalised similarity of insertions and deletions.
+    """
+    from rapidfuzz.distance import Indel
+
+    return float(Indel.normalized_similarity(words(text), words(reference)))
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def require_rouge() -> None:
+    try:
+        import rapidfuzz  # noqa: F401
+    except ModuleNotFoundError:
+        raise InputError("rapidfuzz is not installed; pip install -r requirements-dev.txt") from None
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,146 @@
+"""The pure parts of the paper's tables of generated text, and where their datastores lie."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.paper import datastores, distance, expert, sensitivity
+from benchmarks.paper.datastores import Work, add_work, work_of
+from benchmarks.paper.efficiency import rouge_l, words
+from benchmarks.paper.generating import figures_over_seeds, forward_passes_saved, over_seeds, require_seeds
+from utils.cli import Parser
+from utils.corpora import Passage
+from utils.files import InputError
+from utils.generation import AcceptedChunk, Generation, GenerationStats
+from utils.models import load_lm
+
+
+def generation(prompt: list[int], new: list[int], chunks: list[AcceptedChunk], forward_passes: int = 1) -> Generation:
+    return Generation(0, prompt, new, chunks, GenerationStats(forward_passes, 1.0, 0.0, 0.0))
+
+
+# ---- Figures
+
+
+def test_an_interval_over_three_seeds_is_students() -> None:
+    # Mean 2, standard deviation 1, t 4.303: half the width is 4.303 / √3.
+    found = over_seeds([1.0, 2.0, 3.0])
+    assert (found.value, found.by_seed) == (2.0, (1.0, 2.0, 3.0))
+    assert (found.upper - 2, 2 - found.lower) == pytest.approx((2.48434, 2.48434), abs=1e-4)
+    both = figures_over_seeds([{"a": 1.0, "b": 5.0}, {"a": 1.0, "b": 7.0}])
+    assert (both["a"].lower, both["a"].upper, both["b"].value) == (1.0, 1.0, 6.0)
+
+
+@pytest.mark.parametrize("seeds", [[0], [1, 1], list(range(11))])
+def test_seeds_that_give_no_interval_are_refused(seeds: list[int]) -> None:
+    with pytest.raises(InputError, match="expected two to ten different ones"):
+        require_seeds(seeds)
+
+
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence_of_words() -> None:
+    # "police killed gunman" of 4 and 4 words has "the gunman" and "police the gunman" in common: LCS 2 and 3.
+    assert words("The  Cat's `x_1`, 9") == ["the", "cat", "s", "x_1", "9"]
+    assert rouge_l("police kill the gunman", "police killed the gunman") == pytest.approx(3 / 4)
+    assert rouge_l("the gunman kill police", "police killed the gunman") == pytest.approx(2 / 4)
+    # LCS "a c" of 3 and 2 words: precision 2/3, recall 1.
+    assert rouge_l("a b c", "a c") == pytest.approx(4 / 5)
+    assert rouge_l("A, b!", "a b") == 1
+    assert rouge_l("a", "b") == 0
+
+
+def test_distinct_and_repeated_n_grams_are_counted_over_texts_and_within_them() -> None:
+    # Pairs: (1 2) (2 1) (1 2) and (1 2): 2 of 4 differ; within the first text 1 of 3 stood before.
+    assert distance.distinct_share([[1, 2, 1, 2], [1, 2]], 2) == 0.5
+    assert distance.distinct_share([[1, 2, 1, 2], [1, 2]], 1) == pytest.approx(2 / 6)
+    assert distance.distinct_share([[1]], 2) == 0
+    assert distance.repeated_share([1, 2, 1, 2], 2) == pytest.approx(1 / 3)
+    assert distance.repeated_share([1], 2) == 0
+
+
+def test_only_tokens_of_chunks_add_to_the_divergence() -> None:
+    # New tokens from position 2 on; chunks are the first two of them and the last.
+    chunks = [AcceptedChunk(2, [7, 8], 0.9), AcceptedChunk(5, [9], 0.9)]
+    log_probs = np.array([-1.0, -0.5, -100.0, -0.25])
+    assert distance.chunk_nats(generation([1, 2], [7, 8, 3, 9], chunks), log_probs) == 1.75
+
+
+def test_scores_are_log_softmax_at_the_temperature_with_its_entropy(gpt2_folder: Path) -> None:
+    lm = load_lm(str(gpt2_folder), "cpu", "float32")
+    prompt, new = [5, 6, 7], [9, 3]
+    log_probs, entropies = distance.score(lm, generation(prompt, new, []), temperature=0.5)
+    with torch.inference_mode():
+        logits = lm.model(torch.tensor([prompt + new])).logits[0].double()
+    for i, token in enumerate(new):
+        p = torch.softmax(logits[len(prompt) - 1 + i] / 0.5, dim=0)
+        assert log_probs[i] == pytest.approx(float(p[token].log()), abs=1e-4)
+        assert entropies[i] == pytest.approx(-float((p * p.log()).sum()), abs=1e-4)
+
+
+def test_forward_passes_saved_is_of_all_tokens_together() -> None:
+    texts = [generation([1], [2] * 10, [], forward_passes=5), generation([1], [2] * 30, [], forward_passes=25)]
+    assert forward_passes_saved(texts) == 0.25
+
+
+def test_shares_of_expert_answers_come_by_way_and_kind() -> None:
+    def run(right: int) -> dict[str, list[dict[str, object]]]:
+        return {"table": [{"way": "LM", "asked_in": "all", "n": 8, "right": right, "false": 2, "share": right / 8}]}
+
+    found = expert.figures([expert.shares(run(2)), expert.shares(run(4))])
+    assert found["LM", "all"]["right"].by_seed == (0.25, 0.5)
+    assert found["LM", "all"]["false"].value == 0.25
+
+
+def test_a_threshold_that_disables_retrieval_is_no_part_of_the_grid() -> None:
+    with pytest.raises(InputError, match="1 disables retrieval"):
+        sensitivity.main(["--thetas", "0.5", "1"])
+
+
+# ---- Datastores
+
+
+def flags(*argv: str) -> argparse.Namespace:
+    parser = Parser("")
+    add_work(parser)
+    return parser.parse_args(list(argv))
+
+
+def test_a_work_folder_takes_the_users_text_and_models() -> None:
+    work = work_of(flags())
+    assert (work.dataset, work.model_ds, work.data_flags) == ("python-docs", datastores.LARGE, ())
+    work = work_of(
+        flags("--input_files", "a.txt", "b", "--max_passages", "9", "--model_gen", "gpt2", "--min_length", "1")
+    )
+    assert (work.dataset, work.model_gen, work.window_flags) == ("local", "gpt2", ("--min_length", "1"))
+    assert work.data_flags == ("--input_files", "a.txt", "b", "--max_passages", "9")
+
+
+def test_models_of_one_name_are_refused_since_folders_are_named_after_them(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="have one name"):
+        Work(tmp_path, model_ds="a/gpt2", model_gen="b/gpt2").tries(0.5)
+
+
+def test_passages_that_are_kept_make_a_text_of_their_own_in_one_place(tmp_path: Path) -> None:
+    data = tmp_path / "given"
+    data.mkdir()
+    entries = [{"text": "one"}, {"text": "two", "spans": [[0, 2]]}, {"text": "three"}]
+    (data / "train.json").write_text(json.dumps(entries))
+    work = Work(tmp_path / "work", data_folder=data)
+
+    def is_kept(passage: Passage) -> bool:
+        return passage.text != "one"
+
+    kept = work.of_passages(is_kept)
+    assert json.loads(kept.split("train").read_text()) == entries[1:]
+    assert kept.folder != work.folder
+    assert work.of_passages(is_kept) == kept
+    assert work.of_passages(lambda _: True).folder != kept.folder
+
+
+def test_a_stage_that_fails_is_told_with_its_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match=r"preprocess_dataset\.py failed, see above; the command was .*--dataset none"):
+        Work(tmp_path, dataset="none").data()
+    assert "--dataset" in capfd.readouterr().err
