@@ -1,0 +1,85 @@
+"""Whatever ends a stage, started again it leaves the bytes of an undisturbed run. benchmarks/kills.py does it at length."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from crashes import Crash, Stage, build_stages, count_operations, difference
+
+NAMES = (
+    "1 preprocess",
+    "2 extract",
+    "2 extract, discard",
+    "3 tries",
+    "4 vectors",
+    "4 vectors, 2 workers",
+    "5 flatten, generate",
+    "5 generate, verify",
+    "5 fit, perplexity",
+)
+
+
+@pytest.fixture(scope="module")
+def stages(gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
+    found = {stage.name: stage for stage in build_stages(gpt2_folder, tmp_path_factory.mktemp("stages"))}
+    assert set(found) == set(NAMES)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_at_changes_of_files_within_a_write_and_at_a_moment_it_goes_on_to_the_same_bytes(
+    stages: dict[str, Stage], tmp_path: Path, name: str
+) -> None:
+    stage = stages[name]
+    wanted = stage.undisturbed(tmp_path)
+    with stage.copy(tmp_path) as folder:
+        n = count_operations(lambda: stage.run(folder), folder)
+    assert n >= 7
+    crashes = [
+        Crash(at_operation=n // 2),
+        Crash(at_operation=n // 4),
+        Crash(within_bytes=700),
+        Crash(after_seconds=0.1),
+    ]
+    found, ends = stage.crashed_and_run_again(tmp_path, crashes)
+    assert [end.status for end in ends[:2]] == [-signal.SIGKILL, -signal.SIGKILL], [end.stderr for end in ends]
+    assert {end.status for end in ends[2:]} <= {0, -signal.SIGXFSZ, -signal.SIGKILL}, [end.stderr for end in ends]
+    assert not difference(found, wanted)
+
+
+def test_a_killed_worker_ends_the_stage_in_one_line_and_costs_no_more_than_its_work(
+    stages: dict[str, Stage], tmp_path: Path
+) -> None:
+    stage = stages["4 vectors, 2 workers"]
+    found, (end,) = stage.crashed_and_run_again(tmp_path, [Crash(at_operation=5, of_workers=True)])
+    assert end.status == 2
+    assert "dies before" in end.stderr
+    assert "a worker process was ended from outside" in end.last_line
+    assert not difference(found, stage.undisturbed(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("by", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+@pytest.mark.parametrize("name", ["2 extract", "4 vectors, 2 workers"])
+def test_ctrl_c_and_sigterm_end_in_one_line_and_the_next_run_goes_on(
+    stages: dict[str, Stage], tmp_path: Path, name: str, by: int, status: int, word: str
+) -> None:
+    stage = stages[name]
+    found, (end,) = stage.crashed_and_run_again(tmp_path, [Crash(after_seconds=0.12, by=by)])
+    assert end.status == status, end.stderr
+    assert end.last_line.endswith(f": {word}; run the same command again and it goes on from here")
+    assert "Traceback" not in end.stderr
+    assert not difference(found, stage.undisturbed(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["1 preprocess", "2 extract", "3 tries", "4 vectors", "5 flatten, generate"])
+def test_a_full_disk_is_named_in_one_line_and_the_next_run_goes_on(
+    stages: dict[str, Stage], tmp_path: Path, name: str
+) -> None:
+    stage = stages[name]
+    found, (end,) = stage.crashed_and_run_again(tmp_path, [Crash(within_bytes=300, disk_full=True)])
+    assert end.status == 2, end.stderr
+    assert "cannot be written" in end.last_line
+    assert "Traceback" not in end.stderr
+    assert not difference(found, stage.undisturbed(tmp_path))
