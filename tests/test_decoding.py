@@ -125,6 +125,23 @@ def test_the_trace_has_every_step_and_every_proposal_accepted_or_not(lm, batch_s
         assert 0 < len(generation.chunks) < len(proposals)
 
 
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("theta", [0.5, 0.9, 0.97])
+def test_what_a_step_may_need_gives_the_same_text_when_it_comes_from_the_device_at_once(lm, theta, temperature):
+    store = datastore_near_text(lm, PROMPTS, 20)
+    sampler = Sampler.from_settings(temperature, None, None)
+
+    def texts(at_once: bool) -> dict[int, list[int]]:
+        requests = [Request(i, prompt, 30) for i, prompt in enumerate(PROMPTS)]
+        how = Decoding(sampler, NO_EOS, Retriever(store, Acceptance(theta)), batch_size=3, at_once=at_once)
+        return {generation.index: generation.new_token_ids for generation in decode(lm, requests, how)}
+
+    wanted = texts(at_once=False)
+    for entry in store.n_rows:
+        store.trie(entry).index._array = None  # as if the rows were on a device
+    assert texts(at_once=False) == texts(at_once=True) == wanted
+
+
 def test_similarity_threshold_one_and_an_empty_datastore_equal_the_baseline(lm):
     store = datastore_near_text(lm, PROMPTS, 20)
     baseline = [generation.new_token_ids for generation in run(lm, PROMPTS, 25)]

@@ -10,7 +10,7 @@ LOGITS = torch.log(torch.tensor([[0.5, 0.1, 0.0, 0.3, 0.1]]))
 
 def draws(sampler: Sampler, n: int) -> np.ndarray:
     points = ((np.arange(n) + 0.5) / n).tolist()
-    return np.bincount(sampler.draw(LOGITS.expand(n, -1), points, lambda _: []), minlength=5) / n
+    return np.bincount(sampler.tokens(LOGITS.expand(n, -1), points, lambda _: []), minlength=5) / n
 
 
 def test_draws_follow_the_distribution_and_leave_out_probability_zero():
@@ -20,8 +20,8 @@ def test_draws_follow_the_distribution_and_leave_out_probability_zero():
 def test_the_ends_of_the_unit_interval_draw_tokens_of_positive_probability():
     logits = torch.log(torch.tensor([[0.0, 0.5, 0.5, 0.0]]))
     sampler = Sampler.from_settings(1.0, None, None)
-    assert sampler.draw(logits, [0.0], lambda _: []) == [1]
-    assert sampler.draw(logits, [np.nextafter(1.0, 0)], lambda _: []) == [2]
+    assert sampler.tokens(logits, [0.0], lambda _: []).tolist() == [1]
+    assert sampler.tokens(logits, [np.nextafter(1.0, 0)], lambda _: []).tolist() == [2]
 
 
 def test_temperature_top_k_and_top_p_cut_as_the_field_defines_them():
@@ -33,7 +33,7 @@ def test_temperature_top_k_and_top_p_cut_as_the_field_defines_them():
 
 def test_temperature_zero_is_greedy_and_ties_go_to_the_lowest_id():
     sampler = Sampler.from_settings(0.0, 5, 0.5)
-    assert sampler.draw(torch.tensor([[1.0, 3.0, 3.0]]), [0.99], lambda _: []) == [1]
+    assert sampler.tokens(torch.tensor([[1.0, 3.0, 3.0]]), [0.99], lambda _: []).tolist() == [1]
 
 
 def test_streams_are_independent_and_a_longer_one_begins_as_the_shorter():

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from utils.files import InputError
 from utils.models import CausalLM
+from utils.transfers import upload
 
 # How far the two caches' logits may lie apart for kernel rounding, as a share of the logits' spread.
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -67,6 +68,14 @@ class Block:
             node = self.parents[node]
         return path[::-1]
 
+    def children(self) -> dict[tuple[int, int], int]:
+        """The token after a node: by the node's block index and the child's token id, the child's block index."""
+        parents = self.parents or range(-1, len(self.token_ids) - 1)
+        return {
+            (parent, token_id): node
+            for node, (parent, token_id) in enumerate(zip(parents, self.token_ids, strict=True))
+        }
+
     def visibility(self) -> np.ndarray:
         """(T, T) bool: whether token i (row) sees token j: itself and its ancestors."""
         n_tokens = len(self.token_ids)
@@ -109,7 +118,8 @@ class Rows(Protocol):
 def open_rows(lm: CausalLM, n_rows: int, n_slots: int, graphs: bool = False) -> Rows:
     """Rows for sequences of at most n_slots tokens, drafts included: slots where they fit the model, else one row.
 
-    graphs: passes of a few fixed lengths, each captured as a CUDA graph and replayed. Raises InputError where neither cache gives what the model gives without one.
+    graphs: passes of a few fixed lengths, each captured as a CUDA graph and replayed. Raises InputError where neither
+    cache gives what the model gives without one.
     """
     if lm not in _FITS:
         _FITS[lm] = _slots_fit(lm)
@@ -131,7 +141,7 @@ class SlotRows:
 
     def __init__(self, lm: CausalLM, n_rows: int, n_slots: int) -> None:
         self.n_rows, self.lengths = n_rows, [0] * n_rows
-        self._lm = lm
+        self._lm, self._device = lm, lm.device
         # The last slot takes the padding's keys and values and is never looked at.
         self._placement = _Placement(n_rows, n_slots + 1)
         make_layer: Any = partial(_SlotLayer, self._placement)
@@ -145,7 +155,7 @@ class SlotRows:
         rows, length = slice(row, row + len(texts)), len(texts[0])
         self._placement.place_line(rows, 0, length)
         hidden_states, logits = self._lm.forward(
-            torch.tensor(texts, device=self._lm.device),
+            upload(texts, self._device),
             logits_to_keep=1,
             all_hidden=all_hidden,
             past_key_values=self._cache,
@@ -168,7 +178,7 @@ class SlotRows:
         if is_even and all(block.is_line for block in blocks):
             self._placement.place_line(slice(0, len(blocks)), lengths[0], longest)
         else:
-            self._placement.place(lengths, n_tokens, longest, self._lm.device)
+            self._placement.place(lengths, n_tokens, longest, self._device)
         kwargs: dict[str, Any] = {}
         if not (is_even and longest == 1 and self._in_window(lengths[0])):
             positions, masks = self._positions_and_masks(blocks, n_tokens, longest)
@@ -181,12 +191,12 @@ class SlotRows:
     def _padded(self, blocks: list[Block], width: int) -> Tensor:
         """(B, width) token ids, padding on the left."""
         padded = [[0] * (width - len(block.token_ids)) + block.token_ids for block in blocks]
-        return torch.tensor(padded, device=self._lm.device)
+        return upload(padded, self._device)
 
     def commit(self, row: int, path: list[int]) -> None:
         start = self.lengths[row]
         if path != list(range(len(path))):
-            source = torch.tensor(path, device=self._lm.device) + start
+            source = upload([start + node for node in path], self._device)
             for stored in self._stored():
                 stored[row, :, start : start + len(path)] = stored[row, :, source]
         self.lengths[row] = start + len(path)
@@ -221,7 +231,7 @@ class SlotRows:
             key_positions[row, length : length + n] = length + depths
             allowed[row, -n:, :length] = True
             allowed[row, -n:, length : length + n] = block.visibility()
-        positions = torch.from_numpy(query_positions).to(self._lm.device)
+        positions = upload(query_positions, self._device)
         full = self._as_mask(allowed)
         if self._window is None:
             return positions, dict.fromkeys(self._layer_types, full) or full
@@ -234,7 +244,7 @@ class SlotRows:
         return positions, {kind: full if kind == "full_attention" else sliding for kind in self._layer_types}
 
     def _as_mask(self, allowed: np.ndarray) -> Tensor:
-        mask = torch.from_numpy(allowed).to(self._lm.device)[:, None]
+        mask = upload(allowed, self._device)[:, None]
         if not self._additive:
             return mask
         lowest = torch.finfo(self._lm.dtype).min
@@ -259,7 +269,7 @@ class _Placement:
         """Each row's tokens behind its own text, in the last columns; what stands before them goes to the last slot."""
         starts, counts = np.array(lengths)[:, None], np.array(n_tokens)[:, None]
         offsets = np.arange(width) - (width - counts)
-        slots = torch.from_numpy(np.where(offsets >= 0, starts + offsets, self.n_slots - 1)).to(device)
+        slots = upload(np.where(offsets >= 0, starts + offsets, self.n_slots - 1), device)
         self.rows, self.start = slice(0, len(lengths)), max(lengths)
         self.index = torch.arange(len(lengths), device=device)[:, None], slots
         self.kv_length = int((starts + counts).max())
@@ -325,7 +335,7 @@ class GraphedRows(SlotRows):
 
     def _pass(self, blocks: list[Block], n_tokens: list[int], keep_all: bool) -> tuple[Tensor, Tensor]:
         width = next(length for length in FIXED_LENGTHS if length >= max(n_tokens))
-        self._placement.place(self.lengths[: len(blocks)], n_tokens, width, self._lm.device)
+        self._placement.place(self.lengths[: len(blocks)], n_tokens, width, self._device)
         # Every slot, that of the padding too, which no mask lets be seen.
         self._placement.kv_length = self._placement.n_slots
         positions, masks = self._positions_and_masks(blocks, n_tokens, width)
@@ -417,7 +427,7 @@ class OneRow:
 
     def _forward(self, token_ids: list[int], **kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
         self._n_fed = len(token_ids)
-        ids = torch.tensor([token_ids], device=self._lm.device)
+        ids = upload([token_ids], self._lm.device)
         hidden_states, logits = self._lm.forward(ids, past_key_values=self._cache, use_cache=True, **kwargs)
         return [hidden_states[0]], [logits[0]]
 

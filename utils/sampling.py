@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from utils.transfers import upload
+
 # Streams of uniform numbers of one sequence.
 TOKEN_STREAM, ACCEPTANCE_STREAM = 0, 1
 
@@ -40,23 +42,26 @@ class Sampler:
             warpers.append(TopPLogitsWarper(top_p))
         return cls(warpers, greedy=False)
 
-    def draw(self, logits: Tensor, uniforms: list[float], prefixes: Callable[[int], list[int]]) -> list[int]:
-        """One token for each row of logits (N, V), at the uniform numbers in [0, 1); prefixes(i): the ids before it."""
+    def tokens(self, logits: Tensor, uniforms: list[float], prefixes: Callable[[int], list[int]]) -> Tensor:
+        """One token (N,) int64 for each row of logits (N, V), at the uniform numbers in [0, 1), on the logits' device.
+
+        prefixes(i): the ids before row i's token.
+        """
         if self.processors:
             logits = self._process(logits.float(), prefixes)
         if self.greedy:
-            return logits.argmax(dim=-1).tolist()
+            return logits.argmax(dim=-1)
         cumulative = logits.float().softmax(dim=-1).double().cumsum(dim=-1)
-        points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+        points = upload(np.array(uniforms)[:, None], logits.device) * cumulative[:, -1:]
         # Right of equal values: a token of probability 0 adds nothing to the sum and is never the one.
-        return torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)[:, 0].tolist()
+        return torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)[:, 0]
 
     def _process(self, logits: Tensor, prefixes: Callable[[int], list[int]]) -> Tensor:
         if not self.reads_text:
             return self._run(logits.new_zeros(len(logits), 1, dtype=torch.long), logits)
         rows = []
         for i, row in enumerate(logits):
-            text = torch.tensor([prefixes(i)], device=logits.device)
+            text = upload([prefixes(i)], logits.device)
             rows.append(self._run(text, row[None]))
         return torch.cat(rows)
 
