@@ -90,6 +90,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="pad passes to a few lengths and replay each as a CUDA graph; on a CPU it only pads",
     )
     parser.add_argument("--stream", action="store_true", help="print the text as it comes, chunks marked")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write a page about the run, such as report.html")
     parser.add_argument("--gen_baseline_only", action="store_true", help="generate without a datastore, and only that")
     parser.add_argument("--compare_baseline", action="store_true", help="generate with and without, prompt by prompt")
     args = parser.parse_args(argv)
@@ -97,8 +98,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("needs --prompt_file, --perplexity_file or --fit_acceptance")
     if args.fit_acceptance and (args.gen_baseline_only or args.acceptance_map):
         parser.error("--fit_acceptance needs a datastore, and takes the place of --acceptance_map")
-    if args.save_as_corpus and not args.prompt_file:
-        parser.error("--save_as_corpus writes what is generated, so it needs --prompt_file")
+    for name in ("save_as_corpus", "report"):
+        if getattr(args, name) and not args.prompt_file:
+            parser.error(f"--{name} is of what is generated, so it needs --prompt_file")
     if args.gen_baseline_only and args.compare_baseline:
         parser.error("--gen_baseline_only leaves out what --compare_baseline compares with; give one of them")
     if args.stream and args.batch_size > 1:
@@ -171,6 +173,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.excluded_tries_prior:
             excluded = frozenset(read_token_id_list(args.excluded_tries_prior))
     make_folder(args.save_dir)
+    if args.report:
+        make_folder(args.report.parent)
     # What follows takes seconds to import, which wrong input need not wait for.
     from utils.evaluation import Evaluation
 

@@ -81,7 +81,12 @@ class Acceptance:
         """g(s) of the fitted map or of θ's."""
         if self.never:
             return np.zeros_like(np.asarray(similarity, dtype=np.float64))
-        return (self.fitted or AcceptanceMap.from_threshold(self.similarity_threshold, self.q_max))(similarity)
+        return self.in_force(similarity)
+
+    @property
+    def in_force(self) -> AcceptanceMap:
+        """The fitted map, or that of θ < 1."""
+        return self.fitted or AcceptanceMap.from_threshold(self.similarity_threshold, self.q_max)
 
     def probability(self, similarity: np.ndarray | float) -> np.ndarray:
         """The probability q that a proposal is accepted, float64 of any shape, 0 for NaN (no proposal).

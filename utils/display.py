@@ -47,6 +47,16 @@ def format_table(summary: Mapping[str, Any]) -> str:
 
 
 def _format_group(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = align(figure_rows(runs))
+    if apart := [name for name, run in runs.items() if not run.get("tts_same_run", True)]:
+        lines.append(
+            f"TTS of {', '.join(apart)}: the baseline was timed by another command; time both by one to compare"
+        )
+    return "\n".join(lines)
+
+
+def figure_rows(runs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The summary's runs as a table: the names of the runs, then a label and the figures of each."""
     rows = [("", *runs)]
     for label, key, scale, decimals in TOTAL_ROWS:
         if any(run.get(key) is not None for run in runs.values()):
@@ -55,12 +65,7 @@ def _format_group(runs: Mapping[str, Mapping[str, Any]]) -> str:
     for label, key, scale, decimals in SPREAD_ROWS:
         if any(run["spread"][key] for run in runs.values()):
             rows.append((label, *(_quartiles(run["spread"][key], scale, decimals) for run in runs.values())))
-    lines = align(rows)
-    if apart := [name for name, run in runs.items() if not run.get("tts_same_run", True)]:
-        lines.append(
-            f"TTS of {', '.join(apart)}: the baseline was timed by another command; time both by one to compare"
-        )
-    return "\n".join(lines)
+    return rows
 
 
 def align(rows: Sequence[Sequence[str]], n_left: int = 1) -> list[str]:

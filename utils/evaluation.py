@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from utils import second_reading
 from utils.acceptance import Acceptance, read_map
 from utils.datastore import Datastore, open_datastore, require_made_with
 from utils.decoding import Decoding, Request, decode, n_slots_for
@@ -34,10 +35,12 @@ from utils.models import (
 from utils.perplexity import negative_log_likelihood
 from utils.progress import ProgressBar, phase
 from utils.prompts import Prompt, encode_prompts, require_room
+from utils.report import ReportRun, write_report
 from utils.results import (
     BASELINE,
     pending_runs,
     prompt_path,
+    read_baseline,
     read_run,
     run_name,
     save_run,
@@ -92,6 +95,8 @@ class Evaluation:
             self._generate()
         if self._args.save_as_corpus:
             self._save_as_corpus()
+        if self._args.report:
+            self._write_report()
 
     def _fit(self) -> None:
         args = self._args
@@ -184,6 +189,40 @@ class Evaluation:
             parts.append(_describe(np.array(self._retriever.similarities), self._retriever.acceptance))
         parts.append(f"Every generation: {prompt_path(save_dir, 0)} and on; totals: {save_dir / 'summary.json'}")
         return "\n\n".join(parts)
+
+    def _write_report(self) -> None:
+        """The page about this command's run, from what lies in --save_dir, whenever it was generated."""
+        args = self._args
+        name = BASELINE if args.gen_baseline_only else self._retrieval_run
+        summary, acceptance = write_summary(args.save_dir), self._acceptance()
+        proposes = name != BASELINE and args.decoding == "chunk" and not acceptance.never
+        with_what = {"chunk": "with chunks", "verify": "with drafts"}[args.decoding]
+        ending = "alone" if name == BASELINE else f"{with_what} of {args.dataset_name}"
+        run = ReportRun(
+            name=name,
+            title=f"{Path(args.model_path).name} {ending}",
+            facts=self._facts(summary["runs"][name]["settings"]),
+            similarity_threshold=args.similarity_threshold,
+            policy=args.acceptance,
+            acceptance_map=acceptance.in_force if proposes else None,
+            is_fitted=self._fitted is not None,
+            corpus=f"{args.dataset_name}, {args.partition}",
+            trie_folder=self._trie_folder,
+        )
+        indices = ProgressBar(range(len(self._prompts)), desc="writing the report", unit="text")
+        texts = ((read_run(args.save_dir, i, name), read_baseline(args.save_dir, i, name)) for i in indices)
+        read_again = partial(second_reading.read_again, self._lm, self._datastore) if proposes else None
+        write_report(args.report, run, summary, texts, self._decode, read_again)
+        self._parts.append(f"To look at in a browser: {args.report}")
+
+    def _facts(self, settings: dict[str, Any]) -> list[tuple[str, str]]:
+        """What a reader of a page wants to know of how it was made."""
+        args = self._args
+        facts = {"model": args.model_path, "model fingerprint": settings["model"], "prompts": args.prompt_file}
+        if self._trie_folder is not None:
+            facts |= {"datastore": self._trie_folder, "γ": args.tok_prob_threshold, "θ": args.similarity_threshold}
+        facts |= {name: value for name, value in settings.items() if name not in ("model", "datastore")}
+        return [(name.replace("_", " "), str(value)) for name, value in facts.items() if value not in (None, [])]
 
     def _prompt_pairs(self) -> list[tuple[str, list[int]]]:
         return [(prompt.text, ids) for prompt, ids in zip(self._prompts, self._encoded, strict=True)]

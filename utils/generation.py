@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 # Token ids to text, as a tokenizer's `decode`.
 Decode = Callable[[list[int]], str]
+# Tokens before one, which decide whether it begins with a space or completes a character.
+CONTEXT_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -120,3 +122,37 @@ def text_pieces(token_ids: Sequence[int], borders: Sequence[int], decode: Decode
         cuts.append(max(cuts[-1], next(differing, min(len(before), len(whole)))))
     ends = [*cuts[1:], len(whole)]
     return [whole[start:end] for start, end in zip(cuts, ends, strict=True)]
+
+
+class TokenTexts:
+    """Cuts texts at every token. What a token is alone is remembered: for most texts that is all there is to do."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._alone: dict[int, str] = {}
+
+    def cut(self, token_ids: Sequence[int]) -> list[str]:
+        """One piece for each token; they join to the text of all, as those of `text_pieces` do."""
+        ids = list(token_ids)
+        whole = self._decode(ids)
+        for token_id in set(ids).difference(self._alone):
+            self._alone[token_id] = self._decode([token_id])
+        pieces = [self._alone[token_id] for token_id in ids]
+        if "".join(pieces) == whole or "".join(pieces := self._one_after_the_other(ids)) == whole:
+            return pieces
+        # The first piece is the text before the first border, which none has but where there is no token.
+        return text_pieces(ids, range(1, len(ids)), self._decode) if ids else []
+
+    def _one_after_the_other(self, ids: list[int]) -> list[str]:
+        """Each piece is what its token adds to the few before it, but for a character that it only begins.
+
+        The way of vLLM's and Hugging Face's streams.
+        """
+        pieces: list[str] = []
+        first, known = 0, ""  # the text of the tokens from `first` on that has been given out
+        for end in range(1, len(ids) + 1):
+            text = self._decode(ids[first:end])
+            pieces.append((text if end == len(ids) else text.rstrip("\ufffd"))[len(known) :])
+            first = max(end - CONTEXT_TOKENS, 0)
+            known = self._decode(ids[first:end]).rstrip("\ufffd")
+        return pieces

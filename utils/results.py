@@ -360,6 +360,13 @@ def read_run(save_dir: Path, index: int, name: str) -> Generation:
     return Generation(index, prompt_ids, generation[f"{name}_tokens"][len(prompt_ids) :], chunks, stats, trace)
 
 
+def read_baseline(save_dir: Path, index: int, name: str) -> Generation | None:
+    """The baseline's run that another run is compared with: of the same prompt and settings; None where there is none."""
+    if name == BASELINE or not _is_comparable(_read(prompt_path(save_dir, index)), name):
+        return None
+    return read_run(save_dir, index, BASELINE)
+
+
 # ---- All prompts
 
 
