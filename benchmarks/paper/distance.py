@@ -42,18 +42,17 @@ from benchmarks.paper.generating import (
     cells,
     figures_over_seeds,
     forward_passes_saved,
+    open_whole,
     perplexity_under,
 )
-from utils.acceptance import Acceptance
 from utils.cli import Parser, cosine, run_script, share
-from utils.datastore import Datastore, open_datastore
+from utils.datastore import Datastore
 from utils.decoding import Decoding
 from utils.drafting import DraftSettings, RetrievalDrafter
 from utils.files import InputError
 from utils.generation import Generation
 from utils.models import CausalLM
 from utils.perplexity import SLICE_POSITIONS
-from utils.retrieval import Retriever
 
 VERIFY = "verify"
 LENGTHS = (1, 2, 3, 4)
@@ -67,7 +66,7 @@ DIVERSITY_COLUMNS = {f"distinct_{n}": (1.0, 3) for n in LENGTHS} | {"repeated": 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_work(parser)
-    add_generation(parser, temperature=1.0)
+    add_generation(parser, temperature=1.0, batch_size=8)
     parser.add_argument("--tok_prob_threshold", type=share, default=0.1, help="γ of the datastore, in [0, 1)")
     parser.add_argument(
         "--similarity_thresholds",
@@ -87,9 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--temperature 0: greedy text has no distribution to be far from; give one above 0")
     work = work_of(args)
     asking = Asking.of(args, work)
-    folder = work.tries(args.tok_prob_threshold)
-    datastore = open_datastore(folder, device=asking.lm.device, max_bytes=2**63)
-    datastore.load_all()
+    datastore = open_whole(work.tries(args.tok_prob_threshold), asking.lm)
     generations = asking.generate(ways(asking, datastore, args.similarity_thresholds))
     rows = figures(asking, generations)
     print(table(HEADER, [cells(name, row, COLUMNS) for name, row in rows.items()]))
@@ -106,13 +103,12 @@ def main(argv: list[str] | None = None) -> None:
 def ways(asking: Asking, datastore: Datastore, thresholds: Sequence[float]) -> dict[str, Callable[[], Decoding]]:
     """Plain, chunk mode at each θ, and verified with drafts of the same datastore, which do not alter what is drawn."""
 
-    def chunk(threshold: float) -> Decoding:
-        return replace(asking.decoding(), retriever=Retriever(datastore, Acceptance(threshold)))
-
     def verify() -> Decoding:
         return replace(asking.decoding(), drafter=RetrievalDrafter(datastore, DraftSettings()))
 
-    chunks = {f"chunk, θ {threshold:g}": partial(chunk, threshold) for threshold in sorted(thresholds)}
+    chunks = {
+        f"chunk, θ {threshold:g}": partial(asking.chunk_mode, datastore, threshold) for threshold in sorted(thresholds)
+    }
     return {BASELINE: asking.decoding} | chunks | {VERIFY: verify}
 
 

@@ -21,12 +21,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from benchmarks.common import hardware, table, write_json
+from benchmarks.common import hardware, table
+from benchmarks.common import write_json as write_results
 from benchmarks.paper.datastores import Work, add_work, work_of
 from benchmarks.paper.datastores import run_script as run_stage
 from benchmarks.paper.generating import (
@@ -38,19 +38,19 @@ from benchmarks.paper.generating import (
     cells,
     figures_over_seeds,
     forward_passes_saved,
+    open_whole,
     perplexity_under,
     prompt_file_of,
     seconds_per_token,
     share_from_chunks,
 )
-from utils.acceptance import Acceptance
 from utils.cli import Parser, cosine, positive_int, run_script, share
 from utils.corpora import split_path
-from utils.datastore import Datastore, open_datastore
+from utils.datastore import Datastore
 from utils.decoding import Decoding
-from utils.files import InputError, file_fingerprint
+from utils.files import InputError, file_fingerprint, make_folder, write_json
 from utils.generation import Generation
-from utils.retrieval import Retriever
+from utils.prompts import read_prompts
 
 OTHER_SEED = "baseline, next seed"
 # The answers are windows of their own, each with its prompt in front as when it is asked again: no token is context only.
@@ -72,7 +72,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_work(parser)
     add_generation(parser, temperature=0.7)
     parser.add_argument("--n_answers", type=positive_int, default=5, help="answers to a prompt that make the datastore")
-    parser.add_argument("--tok_prob_threshold", type=share, default=0.9, help="γ of the datastore, in [0, 1)")
+    parser.add_argument(
+        "--tok_prob_thresholds", type=share, nargs="+", default=[0.9], metavar="γ", help="of the datastores, in [0, 1)"
+    )
     parser.add_argument(
         "--similarity_thresholds",
         type=cosine,
@@ -91,40 +93,34 @@ def main(argv: list[str] | None = None) -> None:
     work = work_of(args)
     work = work.of_models(work.model_gen, work.model_gen)
     asking = Asking.of(args, work)
-    folder = answers(args, work).tries(args.tok_prob_threshold, skip_first_tokens=SKIP_FIRST_TOKENS)
-    datastore = open_datastore(folder, device=asking.lm.device, max_bytes=2**63)
-    datastore.load_all()
-    generations = asking.generate({BASELINE: asking.decoding} | ways(asking, datastore, args.similarity_thresholds))
+    text = answers(args, work)
+    datastores = {
+        gamma: open_whole(text.tries(gamma, skip_first_tokens=SKIP_FIRST_TOKENS), asking.lm)
+        for gamma in sorted(set(args.tok_prob_thresholds), reverse=True)
+    }
+    generations = asking.generate({BASELINE: asking.decoding} | ways(asking, datastores, args.similarity_thresholds))
     rows = figures(asking, generations)
     print(table(HEADER, [cells(name, row, COLUMNS) for name, row in rows.items()]))
-    similarities = [seen.similarity for each in last_way(generations) if each.trace for seen in each.trace.proposals]
-    quantiles = np.percentile(similarities, [5, 25, 50, 75, 95]).tolist() if similarities else None
+    n_rows = {f"{gamma:g}": sum(datastore.n_rows.values()) for gamma, datastore in datastores.items()}
+    shown = ", ".join(f"γ {gamma} {n:,} rows" for gamma, n in n_rows.items())
     print(
         f"\n{len(asking.prompts)} prompts, {len(args.seeds)} seeds, at most {args.max_new_tokens} tokens each, ", end=""
     )
-    print(
-        f"temperature {args.temperature:g}; {sum(datastore.n_rows.values()):,} rows of {args.n_answers} answers a prompt"
-    )
-    if quantiles:
-        print(
-            "best similarity at the highest θ, quantiles 5, 25, 50, 75, 95%: "
-            + ", ".join(f"{q:.3f}" for q in quantiles)
-        )
+    print(f"temperature {args.temperature:g}; datastores of {args.n_answers} answers a prompt: {shown}")
     print(", ".join(f"{name} {value}" for name, value in hardware(asking.lm.device).items()))
     if args.output is not None:
-        document: dict[str, Any] = {
-            "rows": {name: {key: asdict(f) for key, f in row.items()} for name, row in rows.items()},
-            "similarity_quantiles": quantiles,
-            "datastore_rows": sum(datastore.n_rows.values()),
-        }
-        write_json(args.output, asking.lm.device, argv, document)
+        named = {name: {key: asdict(figure) for key, figure in row.items()} for name, row in rows.items()}
+        write_results(args.output, asking.lm.device, argv, {"rows": named, "datastore_rows": n_rows})
 
 
 def answers(args: argparse.Namespace, work: Work) -> Work:
     """The corpus of the model's own answers, as a text to make datastores of."""
     corpus = work.folder / "scd" / "corpus"
     flags: list[object] = ["--model_path", work.model_gen, "--gen_baseline_only", *work.model_flags, *work.cache_flags]
-    flags += ["--prompt_file", prompt_file_of(args, work), "--num_return_sequences", args.n_answers]
+    # The prompts that are asked again, not what the file holds beyond them.
+    prompts = make_folder(work.folder / "scd") / "prompts.json"
+    write_json(prompts, [prompt.text for prompt in read_prompts(prompt_file_of(args, work))[: args.n_prompts]])
+    flags += ["--prompt_file", prompts, "--num_return_sequences", args.n_answers]
     flags += ["--max_new_tokens", args.max_new_tokens, "--temperature", args.temperature, "--batch_size", 8]
     flags += ["--seed", max(args.seeds) + 1, "--save_dir", work.folder / "scd" / "answers", "--overwrite"]
     run_stage("eval.py", *flags, "--save_as_corpus", corpus)
@@ -132,17 +128,15 @@ def answers(args: argparse.Namespace, work: Work) -> Work:
     return replace(work.of_text(corpus, name), dataset="answers", partition="train", window_flags=("--min_length", "1"))
 
 
-def ways(asking: Asking, datastore: Datastore, thresholds: Sequence[float]) -> dict[str, Callable[[], Decoding]]:
-    """Chunk mode at each θ."""
-
-    def chunk(threshold: float) -> Decoding:
-        return replace(asking.decoding(), retriever=Retriever(datastore, Acceptance(threshold)))
-
-    return {f"θ {threshold:g}": partial(chunk, threshold) for threshold in sorted(thresholds)}
-
-
-def last_way(generations: Generations) -> list[Generation]:
-    return [each for of_seed in generations[list(generations)[-1]].values() for each in of_seed]
+def ways(
+    asking: Asking, datastores: dict[float, Datastore], thresholds: Sequence[float]
+) -> dict[str, Callable[[], Decoding]]:
+    """Chunk mode at each γ and θ."""
+    return {
+        f"γ {gamma:g}, θ {threshold:g}": partial(asking.chunk_mode, datastore, threshold)
+        for gamma, datastore in datastores.items()
+        for threshold in sorted(set(thresholds))
+    }
 
 
 # ---- Figures

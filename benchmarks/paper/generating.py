@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from benchmarks.paper.common import Interval
 from benchmarks.paper.datastores import EXAMPLE_DATASET, ROOT, Work, run_script
+from utils.acceptance import Acceptance
 from utils.cli import Parser, non_negative_float, non_negative_int, positive_int
+from utils.datastore import Datastore, open_datastore
 from utils.decoding import Decoding, Request, decode
 from utils.evaluation import eos_token_ids
 from utils.files import InputError
@@ -21,6 +23,7 @@ from utils.models import CausalLM, load_config, load_lm, load_tokenizer
 from utils.perplexity import negative_log_likelihood
 from utils.progress import ProgressBar
 from utils.prompts import encode_prompts, read_prompts, require_room
+from utils.retrieval import Retriever
 from utils.sampling import Sampler
 
 BASELINE = "baseline"
@@ -32,7 +35,7 @@ STUDENT_T = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.
 Generations = dict[str, dict[int, list[Generation]]]
 
 
-def add_generation(parser: Parser, *, temperature: float, max_new_tokens: int = 100) -> None:
+def add_generation(parser: Parser, *, temperature: float, max_new_tokens: int = 100, batch_size: int = 1) -> None:
     """The flags of what is generated."""
     group = parser.add_argument_group("generation")
     default = "examples/prompts.json for python-docs, else cut from the test split"
@@ -42,7 +45,7 @@ def add_generation(parser: Parser, *, temperature: float, max_new_tokens: int = 
     group.add_argument(
         "--temperature", type=non_negative_float, default=temperature, help="of the LM's tokens; 0 is greedy"
     )
-    group.add_argument("--prompt_batch_size", type=positive_int, default=1, help="prompts decoded together")
+    group.add_argument("--prompt_batch_size", type=positive_int, default=batch_size, help="prompts decoded together")
     add_seeds(group)
 
 
@@ -121,6 +124,10 @@ class Asking:
         sampler = Sampler.from_settings(args.temperature, None, None)
         return Decoding(sampler, eos_token_ids(self.lm, self.tokenizer), batch_size=args.prompt_batch_size)
 
+    def chunk_mode(self, datastore: Datastore, similarity_threshold: float) -> Decoding:
+        """With chunks that are accepted from a similarity on."""
+        return replace(self.decoding(), retriever=Retriever(datastore, Acceptance(similarity_threshold)))
+
     def generate(self, ways: Mapping[str, Callable[[], Decoding]]) -> Generations:
         """Go on from every prompt in every way, a batch at a time, the order of the ways reversed from batch to batch.
 
@@ -152,6 +159,13 @@ class Asking:
     def text(self, generation: Generation) -> str:
         """What was written after the prompt."""
         return str(self.tokenizer.decode(generation.new_token_ids, skip_special_tokens=True))
+
+
+def open_whole(trie_folder: Path, lm: CausalLM) -> Datastore:
+    """A datastore with all its tries in memory, on the model's device."""
+    datastore = open_datastore(trie_folder, device=lm.device, max_bytes=2**63)
+    datastore.load_all()
+    return datastore
 
 
 def n_new(generations: Sequence[Generation]) -> int:

@@ -15,8 +15,7 @@ Run     python benchmarks/paper/sensitivity.py --output sensitivity.json
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,9 @@ from benchmarks.paper.generating import (
 from utils.acceptance import Acceptance, AcceptanceMap
 from utils.cli import Parser, cosine, run_script, share
 from utils.datastore import Datastore, open_datastore
-from utils.decoding import Decoding
 from utils.files import InputError
 from utils.models import CausalLM
 from utils.perplexity import base_figures
-from utils.retrieval import Retriever
 from utils.text_evaluation import fit_maps
 
 GAMMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -54,7 +51,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_work(parser, model_gen=SMALL)
     add_windows(parser)
-    add_generation(parser, temperature=0.7, max_new_tokens=60)
+    add_generation(parser, temperature=0.7, max_new_tokens=60, batch_size=8)
     parser.add_argument("--gammas", type=share, nargs="+", default=list(GAMMAS), metavar="γ", help="in [0, 1)")
     parser.add_argument("--thetas", type=cosine, nargs="+", default=list(THETAS), metavar="θ", help="in [-1, 1)")
     parser.add_argument("--output", type=Path, help="JSON file of all results")
@@ -104,11 +101,7 @@ def perplexities(reader: Reader, lm: CausalLM, datastore: Datastore, thetas: Seq
 
 def generated(asking: Asking, datastore: Datastore, thetas: Sequence[float]) -> dict[str, list[float]]:
     """One γ: chunk mode at each θ."""
-
-    def chunk(theta: float) -> Decoding:
-        return replace(asking.decoding(), retriever=Retriever(datastore, Acceptance(theta)))
-
-    ways: dict[str, Callable[[], Decoding]] = {f"{theta}": partial(chunk, theta) for theta in thetas}
+    ways = {f"{theta}": partial(asking.chunk_mode, datastore, theta) for theta in thetas}
     by_theta = [list(of_seeds.values()) for of_seeds in asking.generate(ways).values()]
     fps = [over_seeds([forward_passes_saved(texts) for texts in of_seeds]) for of_seeds in by_theta]
     return {
