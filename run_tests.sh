@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up .venv if that is still to do, then check the code and run the tests. Arguments go to pytest.
+# Set up .venv and a Chromium if that is still to do, then check the code and run the tests. Arguments go to pytest.
 # Stops at the first failure, and after 10 minutes in all with status 124.
 #
 #   ./run_tests.sh [pytest arguments, such as tests/test_prompts.py or -k spread]
@@ -21,6 +21,7 @@ within_limit() {
 }
 
 within_limit bash -c 'set -euo pipefail; source utils/venv.sh; ensure_venv . requirements-dev.txt'
+within_limit bash -c 'set -euo pipefail; source utils/venv.sh; ensure_chromium .'
 within_limit .venv/bin/python -m ruff check .
 within_limit .venv/bin/python -m ruff format --check .
 within_limit .venv/bin/python -m mypy

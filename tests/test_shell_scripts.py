@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -238,3 +239,24 @@ def test_text_without_long_documents_is_refused(make_prompts: ModuleType, tmp_pa
         data.write_text(json.dumps(content))
         with pytest.raises(InputError, match=message):
             make_prompts.main(["--output_file", str(tmp_path / "p.json"), "--data_file", str(data)])
+
+
+def test_without_a_browser_the_tests_go_on_and_do_not_try_again(tmp_path: Path) -> None:
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "timeout", "touch"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name) or name)
+    apt_get = tmp_path / "bin/apt-get"
+    apt_get.write_text('#!/bin/bash\necho tried >>"$0.log"\nexit 1\n')
+    apt_get.chmod(0o755)
+    command = f'set -euo pipefail; source "{ROOT}/utils/venv.sh"; ensure_chromium "{tmp_path}"'
+    said = []
+    for _ in range(2):
+        ended = subprocess.run(
+            ["bash", "-c", command], env={"PATH": str(tmp_path / "bin")}, capture_output=True, text=True, check=True
+        )
+        said.append(ended.stderr)
+    assert "will be skipped" in said[0]
+    assert said[1] == ""
+    if os.geteuid() == 0:
+        assert (tmp_path / "bin/apt-get.log").read_text() == "tried\n"

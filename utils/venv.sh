@@ -1,4 +1,4 @@
-# The virtual environment of the shell scripts, which source this file.
+# What the shell scripts need to be there, which source this file: the virtual environment, and a browser for the tests.
 # shellcheck shell=bash
 
 # ensure_venv ROOT REQUIREMENTS: make ROOT/.venv if there is none and install ROOT/REQUIREMENTS into it, unless that was
@@ -31,4 +31,31 @@ _require_python() {
         echo "error: Python 3.11 or later is needed as python3; got $(python3 --version 2>&1 || true)" >&2
         exit 2
     fi
+}
+
+# ensure_chromium ROOT: install a Chromium, which the tests of pages drive, where there is none and this user may do so.
+# Never fails: without one those tests are skipped. What did not work is not tried again while ROOT/.venv is there.
+ensure_chromium() {
+    local stamp=$1/.venv/.no-chromium name
+    for name in chromium chromium-browser google-chrome; do
+        if command -v "$name" >/dev/null; then
+            return
+        fi
+    done
+    if [[ -e $stamp ]]; then
+        return
+    fi
+    if ((EUID == 0)) && command -v apt-get >/dev/null; then
+        echo "installing chromium" >&2
+        # A mirror that does not answer is not waited for.
+        if timeout 180 bash -c 'set -e
+            export DEBIAN_FRONTEND=noninteractive
+            options=(-qq -o Acquire::Retries=1 -o Acquire::http::Timeout=15 -o Acquire::https::Timeout=15)
+            apt-get "${options[@]}" update
+            apt-get "${options[@]}" install -y --no-install-recommends chromium' >/dev/null 2>&1; then
+            return
+        fi
+    fi
+    echo "there is no Chromium and it cannot be installed here: the tests of pages will be skipped" >&2
+    touch "$stamp" 2>/dev/null || true
 }
