@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXTS
-from processes import killed_before_rename, on_full_disk
+from processes import in_child, killed_before_rename, on_full_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import utils.extraction
 from utils.extraction import WindowWriter, probabilities_of, score_windows, window_nll
-from utils.files import InputError, read_finished, sole_writer
+from utils.files import InputError, read_finished, sole_writer_of_part
 from utils.hidden_states import hidden_states_path, read_hidden_states, windows_with_hidden_states
 from utils.models import CausalLM, load_lm, load_tokenizer, model_fingerprint, tokenizer_fingerprint
 from utils.token_probs import STAGE, read_token_probs, token_probs_path, windows_with_token_probs
 from utils.windows import WindowShape
 
 SHAPE = {"chunk_size": 24, "stride": 18, "min_length": 10}
-ALL_FILES = {".dat", ".h5", "_index_to_seqlen.json", "_index_to_acc_index.json", "_manifest.json"}
+ALL_FILES = {".h5", "_index_to_seqlen.json", "_index_to_acc_index.json", "_manifest.json"}
 
 
 @pytest.fixture(autouse=True)
@@ -280,7 +281,7 @@ def test_slices_of_the_logits_give_the_log_softmax(
     slice_values: int, tiny_lm: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    monkeypatch.setattr(utils.extraction, "SLICE_VALUES", slice_values)
+    monkeypatch.setattr(utils.extraction, "SLICE_VALUES", {"cpu": slice_values})
     log_probs = score_windows(tiny_lm, IDS).log_probs
     with torch.no_grad():
         expected = tiny_lm.model(torch.as_tensor(IDS)).logits.log_softmax(-1).numpy()
@@ -294,7 +295,7 @@ def test_no_float32_copy_of_all_logits_is_made(tiny_lm: CausalLM, monkeypatch: p
     sizes = []
     logsumexp = torch.Tensor.logsumexp
     monkeypatch.setattr(torch.Tensor, "logsumexp", lambda x, dim: (sizes.append(x.numel()), logsumexp(x, dim))[1])
-    monkeypatch.setattr(utils.extraction, "SLICE_VALUES", 2 * 320 * 4)
+    monkeypatch.setattr(utils.extraction, "SLICE_VALUES", {"cpu": 2 * 320 * 4})
     score_windows(tiny_lm, IDS)
     assert sizes == [2 * 320 * 4, 2 * 320 * 4, 2 * 320]
 
@@ -360,22 +361,34 @@ def test_what_the_writer_raises_ends_the_run(refused: Stage, gpt2_folder: Path, 
 # ---- Interrupted, run again, asked for more
 
 
+@pytest.fixture
+def renamed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that this process renames into place."""
+    rename, names = os.replace, list[str]()
+
+    def replace(source: Path, target: Path) -> None:
+        names.append(target.name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    return names
+
+
 @pytest.mark.parametrize("flags", [("--construct_memmap",), ("--construct_memmap", "--discard_intermediates")])
 def test_a_run_killed_at_any_point_goes_on_to_the_same_bytes(
-    flags: tuple[str, ...], stage: Stage, data: Path, tmp_path: Path
+    flags: tuple[str, ...], stage: Stage, data: Path, tmp_path: Path, renamed: list[str]
 ) -> None:
     write_text(data, [TEXTS[0][:150], TEXTS[2][:40], TEXTS[1][:60]])
     stage(*flags)
-    whole = contents(stage.output_dir)
-    n_window_files = 2 * stage.manifest["results"]["n_windows"]
-    # The manifest, the windows, the manifest; the .dat, the .h5, the maps, the manifest; and that all is discarded.
-    n_files = 1 + n_window_files + 1 + 5 + len(flags) - 1
-    for n_renames in (0, 1, 6, *range(n_window_files, n_files)):
+    whole, names = contents(stage.output_dir), renamed[:]
+    of_windows = [n for n, name in enumerate(names) if name.startswith(("token_probs_", "hidden_states_"))]
+    others = set(range(len(names))).difference(of_windows)
+    for n_renames in sorted(others | {of_windows[0], of_windows[1], of_windows[5], of_windows[-1]}):
         again = stage.to(tmp_path / f"killed_{n_renames}")
         assert killed_before_rename(n_renames, lambda again=again: again(*flags))
         again(*flags)
         assert contents(again.output_dir) == whole
-    assert not killed_before_rename(n_files, lambda: stage.to(tmp_path / "not_killed")(*flags))
+    assert not killed_before_rename(len(names), lambda: stage.to(tmp_path / "not_killed")(*flags))
 
 
 def test_lost_files_are_made_again_with_the_same_bytes(stage: Stage) -> None:
@@ -436,7 +449,7 @@ def test_intermediates_are_discarded_and_stay_so(stage: Stage, tmp_path: Path, m
     full = stage.to(tmp_path / "full")
     full("--construct_memmap")
     stage(*flags)
-    kept = {name: content for name, content in contents(full.output_dir).items() if not name.endswith((".npy", ".dat"))}
+    kept = {name: content for name, content in contents(full.output_dir).items() if not name.endswith(".npy")}
     found = contents(stage.output_dir)
     assert found.keys() == kept.keys()
     assert {name for name in found if found[name] != kept[name]} == {"train_manifest.json"}
@@ -457,7 +470,7 @@ def test_a_deletion_that_was_cut_off_goes_on(stage: Stage, tmp_path: Path, monke
     spared = contents(full.output_dir)
     stage(*flags)
     whole = contents(stage.output_dir)
-    for name in ("train/hidden_states_3.npy", "train/hidden_states_9.npy", "train.dat"):
+    for name in ("train/hidden_states_3.npy", "train/hidden_states_9.npy"):
         (stage.output_dir / name).write_bytes(spared[name])
     monkeypatch.setattr("utils.models.load_lm", None)
     stage(*flags)
@@ -542,9 +555,9 @@ def test_flags_that_cannot_be_used_are_refused(flags: dict[str, object], message
 
 
 def test_discarding_without_an_h5_is_refused(refused: Stage) -> None:
-    assert "--discard_intermediates: leaves only the .h5, so it needs --construct_memmap" in refused(
-        "--discard_intermediates"
-    )
+    for flag in ("--discard_intermediates", "--keep_dat"):
+        assert f"{flag}: is about the .h5, so it needs --construct_memmap" in refused(flag)
+    assert "give one of the two" in refused("--construct_memmap", "--discard_intermediates", "--keep_dat")
 
 
 @pytest.mark.parametrize(
@@ -609,7 +622,7 @@ def test_output_of_another_text_model_or_shape_is_refused(
 
 @pytest.mark.parametrize(
     "name",
-    ["train/token_probs_0.json", "train/hidden_states_4.npy", "train.dat", "train.h5", "train_index_to_seqlen.json"],
+    ["train/token_probs_0.json", "train/hidden_states_4.npy", "train.dat", "train.h5", "train_index_to_acc_index.json"],
 )
 def test_output_without_a_manifest_is_refused(name: str, refused: Stage) -> None:
     path = refused.output_dir / name
@@ -658,17 +671,17 @@ def test_a_damaged_npy_is_named_and_made_again_once_deleted(
 
 def test_a_full_disk_is_named_and_what_was_whole_stays_whole(stage: Stage, tmp_path: Path) -> None:
     flags = {"chunk_size": 100, "stride": 90}
-    stage("--construct_memmap", **flags)
+    stage("--construct_memmap", "--keep_dat", **flags)
     whole = contents(stage.output_dir)
     limited = stage.to(tmp_path / "full")
-    # In the order of their lengths: the ids of all tokens, a window's .npy, the .dat, the .h5.
-    for n_bytes, name in (
-        (1000, "the text's token ids"),
-        (9000, "hidden_states_"),
-        (20_000, "train.dat"),
-        (len(whole["train.dat"]) + 100, "train.h5"),
+    # In the order of their lengths: the ids of all tokens, the .h5 of all, and without it a window's .npy.
+    for n_bytes, name, switches in (
+        (1000, "the text's token ids", ("--construct_memmap",)),
+        (20_000, "train.h5.part", ("--construct_memmap",)),
+        (9000, "hidden_states_", ("--save_hidden_states",)),
+        (len(whole["train.h5"]) - 100, "train.h5.part", ("--construct_memmap",)),
     ):
-        message = on_full_disk(n_bytes, lambda: limited("--construct_memmap", **flags))
+        message = on_full_disk(n_bytes, lambda switches=switches: limited(*switches, **flags))
         assert name in message
         assert str(limited.output_dir) in message
         assert "File too large" in message
@@ -676,15 +689,35 @@ def test_a_full_disk_is_named_and_what_was_whole_stays_whole(stage: Stage, tmp_p
         for path, content in contents(limited.output_dir).items():
             assert path == "train_manifest.json" or content == whole[path]
     limited("--construct_memmap", **flags)
+    assert "train.dat" in on_full_disk(20_000, lambda: limited("--construct_memmap", "--keep_dat", **flags))
+    limited("--construct_memmap", "--keep_dat", **flags)
     assert contents(limited.output_dir) == whole
 
 
-def test_a_second_run_in_the_same_folder_is_refused(
-    stage: Stage, refused: Stage, run_stage: Callable[..., None]
+def test_hidden_states_are_on_the_disk_twice_at_the_most_and_once_where_intermediates_are_discarded(
+    stage: Stage, tmp_path: Path, renamed: list[str]
 ) -> None:
+    """Also while the .h5 is made: just before it is renamed into place."""
+    for flags, n_copies in ((("--construct_memmap",), 2), (("--construct_memmap", "--discard_intermediates"), 1)):
+        killed, done = stage.to(tmp_path / f"killed_{n_copies}"), stage.to(tmp_path / f"done_{n_copies}")
+        renamed.clear()
+        done(*flags)
+        assert killed_before_rename(renamed.index("train.h5"), lambda killed=killed, flags=flags: killed(*flags))
+        assert (killed.output_dir / "train.h5.part").exists()
+        results = done.manifest["results"]
+        n_bytes = results["n_tokens"] * results["hidden_size"] * 4
+        for folder in (killed.output_dir, done.output_dir):
+            states = [path for path in folder.rglob("*") if path.suffix in (".npy", ".h5", ".part", ".dat")]
+            n_taken = sum(path.stat().st_size for path in states)
+            assert n_copies <= n_taken / n_bytes < n_copies + 0.1
+
+
+def test_a_second_run_in_the_same_folder_is_refused(stage: Stage) -> None:
     stage.folder.mkdir(parents=True)
-    with sole_writer(stage.output_dir, "train_extraction"):
-        assert "another run is writing here" in refused()
+    with sole_writer_of_part(stage.output_dir, "train_extraction"):
+        # A process is never refused by its own lock.
+        _, message = in_child(stage)
+    assert "another run is writing here" in message
     stage()
 
 

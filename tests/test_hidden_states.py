@@ -12,6 +12,8 @@ from utils.files import InputError, write_json
 from utils.hidden_states import (
     HiddenStateFiles,
     HiddenStateShape,
+    UnfinishedH5,
+    begin_h5,
     construct_memmap,
     dat_is_whole,
     discard_intermediates,
@@ -20,6 +22,7 @@ from utils.hidden_states import (
     memmap_is_whole,
     read_hidden_states,
     read_index_map,
+    rows_to_write,
     windows_with_hidden_states,
     write_hidden_states,
 )
@@ -40,6 +43,7 @@ def write_windows(folder: Path, dtype: str = "float32") -> tuple[HiddenStateFile
 
 def construct(files: HiddenStateFiles, shape: HiddenStateShape, keep_dat: bool = True) -> None:
     construct_memmap(files, LENGTHS, shape, keep_dat)
+    assert not files.part.exists()
 
 
 def bytes_of(files: HiddenStateFiles) -> list[bytes]:
@@ -105,9 +109,81 @@ def test_what_is_whole_is_not_written_again(tmp_path: Path) -> None:
     before = files.h5.stat().st_mtime_ns, files.dat.stat().st_mtime_ns
     construct(files, shape)
     assert (files.h5.stat().st_mtime_ns, files.dat.stat().st_mtime_ns) == before
-    files.dat.unlink()
-    construct(files, shape, keep_dat=False)  # the .h5 is whole, so the .dat is no step to anything
+
+
+def test_there_is_a_dat_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    files, shape, _ = write_windows(tmp_path)
+    construct(files, shape, keep_dat=False)
+    assert memmap_is_whole(files, shape)
     assert not files.dat.exists()
+    for window in range(len(LENGTHS)):
+        hidden_states_path(files.folder, window).unlink()
+    construct(files, shape)  # from the .h5
+    assert dat_is_whole(files, shape)
+
+
+def test_rows_that_are_written_in_any_order_give_the_same_h5_as_npy_files(tmp_path: Path) -> None:
+    files, shape, arrays = write_windows(tmp_path / "npy")
+    construct(files, shape)
+    direct = HiddenStateFiles(tmp_path / "direct", "train")
+    direct.folder.mkdir(parents=True)
+    begin_h5(direct, shape)
+    firsts = np.cumsum(LENGTHS) - LENGTHS
+    with UnfinishedH5(direct, shape) as one, UnfinishedH5(direct, shape) as other:
+        for part, window in ((one, 2), (other, 0), (other, 3)):
+            part.write(window, firsts[window], arrays[window])
+    assert rows_to_write(direct, LENGTHS, shape).tolist() == [False, True, False, False]
+    begin_h5(direct, shape)  # as a run that goes on does
+    assert rows_to_write(direct, LENGTHS, shape).tolist() == [False, True, False, False]
+    write_hidden_states(direct.folder, 1, arrays[1])  # read from there
+    construct_memmap(direct, LENGTHS, shape)
+    assert not rows_to_write(direct, LENGTHS, shape).any()
+    assert direct.h5.read_bytes() == files.h5.read_bytes()
+
+
+def test_a_run_that_is_cut_off_before_the_h5_is_renamed_goes_on(tmp_path: Path) -> None:
+    files, shape, _ = write_windows(tmp_path)
+    construct(files, shape)
+    whole = files.h5.read_bytes()
+    files.h5.rename(files.part)
+    assert not rows_to_write(files, LENGTHS, shape).any()
+    construct(files, shape)
+    assert files.h5.read_bytes() == whole
+
+
+def test_rows_that_a_power_cut_lost_are_found(tmp_path: Path) -> None:
+    """As after a crash of the machine: the marks are on the disk, a page of the rows is not."""
+    lengths = np.array([700, 400, 900])
+    shape = HiddenStateShape(3, 2000, HIDDEN_SIZE, np.dtype("float32"))
+    files = HiddenStateFiles(tmp_path, "train")
+    begin_h5(files, shape)
+    with UnfinishedH5(files, shape) as part:
+        for window, first in enumerate((0, 700, 1100)):
+            part.write(window, first, np.full((lengths[window], HIDDEN_SIZE), 0.5, dtype=np.float32))
+    assert not rows_to_write(files, lengths, shape).any()
+    with open(files.part, "r+b") as file:
+        file.seek(8 * 4096)
+        file.write(bytes(4096))
+    assert rows_to_write(files, lengths, shape).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("damage", ["cut", "no HDF5", "other shape"])
+def test_a_damaged_part_is_begun_anew(damage: str, tmp_path: Path) -> None:
+    files, shape, _ = write_windows(tmp_path)
+    begin_h5(files, shape if damage != "other shape" else HiddenStateShape(4, 12, HIDDEN_SIZE, shape.dtype))
+    if damage != "other shape":
+        content = files.part.read_bytes()
+        files.part.write_bytes(content[:-40] if damage == "cut" else b"x" * len(content))
+    assert rows_to_write(files, LENGTHS, shape).all()
+    construct(files, shape)
+    assert memmap_is_whole(files, shape)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    files = HiddenStateFiles(tmp_path, "train")
+    with pytest.raises(InputError, match=r"train.h5: takes 4,000,000.0 GB, but .* GB are free on its disk"):
+        begin_h5(files, HiddenStateShape(10, 10**6, 10**9, np.dtype("float32")))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_memmap_of_another_shape_or_dtype_is_not_whole(tmp_path: Path) -> None:
@@ -173,23 +249,13 @@ def damaged_npy(array: np.ndarray, damage: str, path: Path) -> None:
         ("one row", "expected a 2-D float array"),
     ],
 )
-def test_a_damaged_npy_is_named_and_leaves_no_dat(damage: str, message: str, tmp_path: Path) -> None:
+def test_a_damaged_npy_is_named_and_leaves_no_h5(damage: str, message: str, tmp_path: Path) -> None:
     files, shape, arrays = write_windows(tmp_path)
     path = hidden_states_path(files.folder, 2)
     damaged_npy(arrays[2], damage, path)
     with pytest.raises(InputError, match=f"^{path}: {message}"):
         construct(files, shape)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["train"]
-
-
-def test_a_dat_with_nan_is_named_and_leaves_no_h5(tmp_path: Path) -> None:
-    files, shape, arrays = write_windows(tmp_path)
-    rows = np.concatenate(arrays)
-    rows[7, 3] = np.nan
-    rows.tofile(files.dat)
-    with pytest.raises(InputError, match=f"^{files.dat}: holds NaN or infinity; delete it"):
-        construct(files, shape)
-    assert not files.h5.exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["train", "train.h5.part"]
 
 
 def test_a_window_is_read_as_it_was_written(tmp_path: Path) -> None:

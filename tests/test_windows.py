@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import utils.windows
 from utils.corpora import Passage
 from utils.files import InputError
-from utils.windows import WindowShape, plan_batches, plan_windows
+from utils.windows import WindowShape, place_batches, plan_batches, plan_windows, share_of
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_plan_holds_the_passages_tokens_without_special_ones(
         n_short += len(ids) < 12
         expected += ids if len(ids) >= 12 else []
     assert [plan.token_ids(i).tolist() for i in range(plan.n_windows)] == window_ids
-    assert plan.passage_tokens.tolist() == expected
+    assert plan.passage_tokens.read(0, len(expected) + 1).tolist() == expected
     assert plan.n_tokens == sum(map(len, window_ids))
     assert (plan.n_short_passages, plan.n_passages) == (n_short, len(texts) - n_short)
     assert plan.largest_id == max(expected)
@@ -152,3 +152,23 @@ def test_every_window_is_in_one_batch(lengths: list[int], batch_size: int) -> No
         assert 1 <= len(batch) <= batch_size
     n_needed = sum(-(-lengths.count(length) // batch_size) for length in set(lengths))
     assert len(batches) == n_needed
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=60), st.integers(1, 5), st.integers(1, 9))
+def test_shares_have_every_batch_once_and_as_many_tokens_but_for_a_batch(
+    lengths: list[int], batch_size: int, n_shares: int
+) -> None:
+    found = plan_batches(np.array(lengths), batch_size)
+    places = place_batches(np.array(lengths), found, 1 << 40).tolist()
+    shares = [[i for i, place in enumerate(places) if place in share_of(k, n_shares, 1 << 40)] for k in range(n_shares)]
+    assert [i for share in shares for i in share] == list(range(len(found)))  # each once, and neighbours together
+    sizes = [sum(lengths[window] for window in batch) for batch in found]
+    for share in shares:
+        assert abs(sum(sizes[i] for i in share) - sum(lengths) / n_shares) <= max(sizes)
+
+
+def test_shares_of_another_number_overlap_only_where_they_have_batches_in_common() -> None:
+    assert share_of(0, 3, 10) == range(0, 3)
+    assert share_of(2, 3, 10) == range(6, 10)
+    assert [share_of(k, 4, 10) for k in range(4)] == [range(0, 2), range(2, 5), range(5, 7), range(7, 10)]

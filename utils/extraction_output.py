@@ -15,7 +15,9 @@ from utils.hidden_states import (
     HiddenStateFiles,
     HiddenStateShape,
     dat_is_whole,
+    h5_is_whole,
     memmap_is_whole,
+    rows_to_write,
     windows_with_hidden_states,
 )
 from utils.token_probs import windows_with_token_probs
@@ -25,35 +27,42 @@ from utils.token_probs import windows_with_token_probs
 class Wanted:
     """The outputs that a run is asked for beside the token probabilities, and the dtype of hidden states on disk."""
 
-    hidden_states: bool
-    memmap: bool
+    hidden_states: bool  # a .npy per window
+    memmap: bool  # the .h5 and its maps
+    dat: bool
     dtype: np.dtype
 
     def shape(self, results: dict[str, Any]) -> HiddenStateShape:
         return HiddenStateShape(results["n_windows"], results["n_tokens"], results["hidden_size"], self.dtype)
 
 
-def require_manifest(manifest_path: Path, files: HiddenStateFiles) -> bool:
+def require_manifest(manifest_path: Path, files: HiddenStateFiles, *, may_forget: bool = True) -> bool:
     """Whether there is a manifest that speaks for output; one that speaks for none is deleted, so that all flags go.
 
-    Raises InputError where there is output without a manifest: nobody knows what it was made from.
+    may_forget: whether it may be deleted: another shard may have just written it, and no output yet. Raises
+    InputError where there is output without a manifest: nobody knows what it was made from.
     """
-    singles = [files.dat, files.h5, files.index_to_seqlen, files.index_to_acc_index, expert_spans_path(files.folder)]
-    outputs = [path for path in singles if path.exists()]
+    outputs = [path for path in _single_files(files) if path.exists()]
     if windows_with_token_probs(files.folder) or windows_with_hidden_states(files.folder):
         outputs.append(files.folder)
-    if not outputs:
+    if not outputs and may_forget:
+        files.part.unlink(missing_ok=True)  # rows of windows whose files were deleted
         manifest_path.unlink(missing_ok=True)
         return False
-    if not manifest_path.exists():
+    outputs += [files.part] if files.part.exists() else []
+    if outputs and not manifest_path.exists():
         message = f"{outputs[0]}: lies there without the manifest that says what it was made from"
         raise InputError(f"{message}; delete it or choose another folder")
-    return True
+    return manifest_path.exists()
+
+
+def _single_files(files: HiddenStateFiles) -> list[Path]:
+    return [files.dat, files.h5, files.index_to_seqlen, files.index_to_acc_index, expert_spans_path(files.folder)]
 
 
 def output_is_whole(files: HiddenStateFiles, results: dict[str, Any], wanted: Wanted) -> bool:
     """Whether all that is wanted is there and noted; results: a finished run's, empty where none has finished."""
-    if not results or windows_to_do(files, results["n_windows"], results, wanted).any():
+    if not results or _windows_without_files(files, results["n_windows"], results, wanted).any():
         return False
     if not expert_spans_are_written(files.folder, results):
         return False
@@ -62,15 +71,31 @@ def output_is_whole(files: HiddenStateFiles, results: dict[str, Any], wanted: Wa
     if not noted.issubset(results["outputs"]):
         return False
     shape = wanted.shape(results)
-    has_dat = dat_is_whole(files, shape) or is_discarded(files, results, wanted)
-    return not wanted.memmap or (has_dat and memmap_is_whole(files, shape))
+    return (not wanted.memmap or memmap_is_whole(files, shape)) and (not wanted.dat or dat_is_whole(files, shape))
 
 
-def windows_to_do(files: HiddenStateFiles, n_windows: int, results: dict[str, Any], wanted: Wanted) -> np.ndarray:
-    """(N,) bool: the windows that lack a file that is wanted. One that is there is whole: it was renamed into place.
+def windows_to_do(
+    files: HiddenStateFiles, lengths: np.ndarray, hidden_size: int | None, results: dict[str, Any], wanted: Wanted
+) -> np.ndarray:
+    """(N,) bool: the windows that the model is to read, since they lack a file that is wanted, or their rows.
 
-    Raises InputError where there are files of more windows than there should be.
+    A file that is there is whole: it was renamed into place. lengths (N,) tokens of each window; hidden_size: None where
+    no run has begun here. Raises InputError where there are files of more windows than there should be.
     """
+    to_do = _windows_without_files(files, len(lengths), results, wanted)
+    if wanted.memmap and hidden_size is not None:
+        shape = HiddenStateShape(len(lengths), int(lengths.sum()), hidden_size, wanted.dtype)
+        if not h5_is_whole(files, shape):
+            # The rows of a window that has its .npy are copied from there.
+            has_npy = _has_file(windows_with_hidden_states(files.folder), len(lengths), files.folder)
+            to_do |= rows_to_write(files, lengths, shape) & ~has_npy
+    return to_do
+
+
+def _windows_without_files(
+    files: HiddenStateFiles, n_windows: int, results: dict[str, Any], wanted: Wanted
+) -> np.ndarray:
+    """(N,) bool: the windows that lack a file of their own that is wanted."""
     to_do = ~_has_file(windows_with_token_probs(files.folder), n_windows, files.folder)
     if keeps_hidden_states(files, results, wanted):
         to_do |= ~_has_file(windows_with_hidden_states(files.folder), n_windows, files.folder)
@@ -83,7 +108,7 @@ def keeps_hidden_states(files: HiddenStateFiles, results: dict[str, Any], wanted
 
 
 def is_discarded(files: HiddenStateFiles, results: dict[str, Any], wanted: Wanted) -> bool:
-    """Whether the `.npy` files and the `.dat` were given up for the `.h5`, and that still holds them."""
+    """Whether the `.npy` files were given up for the `.h5`, and that still holds them."""
     outputs = results.get("outputs", [])
     was_discarded = "memmap" in outputs and "hidden_states" not in outputs
     return was_discarded and memmap_is_whole(files, wanted.shape(results))

@@ -1,13 +1,18 @@
-"""Hidden states on disk: one `.npy` per window, all of them in one `.dat` and one `.h5`, and the maps into these.
+"""Hidden states on disk: one `.npy` per window, all of them in one `.h5`, and the maps into it.
 
 {folder}/{partition}/hidden_states_{i}.npy    (L, D) of window i
-{folder}/{partition}.dat                      (T, D) raw, the windows one after the other
 {folder}/{partition}.h5                       dataset `all_hidden_states` (T, D), contiguous, so it can be memory-mapped
 {folder}/{partition}_index_to_seqlen.json     {"i": L}
 {folder}/{partition}_index_to_acc_index.json  {"i": first row of window i}
+{folder}/{partition}.dat                      (T, D) raw, only where it is asked for: the rows of the `.h5` once more
+
+Every row's place in the `.h5` is known before it is computed. So rows are written there at once, by any number of
+processes, into `{partition}.h5.part`: the `.h5` as it will be, then a byte per window, 1 where its rows are written.
 """
 
+import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +24,7 @@ from utils.progress import ProgressBar
 
 DATASET = "all_hidden_states"
 COPY_BYTES = 1 << 24
+PAGE_BYTES = 4096
 
 _NAME = re.compile(r"hidden_states_(\d+)\.npy")
 
@@ -42,6 +48,11 @@ class HiddenStateFiles:
     @property
     def h5(self) -> Path:
         return self.output_dir / f"{self.partition}.h5"
+
+    @property
+    def part(self) -> Path:
+        """The `.h5` while it is written."""
+        return self.output_dir / f"{self.partition}.h5.part"
 
     @property
     def index_to_seqlen(self) -> Path:
@@ -103,23 +114,131 @@ def read_hidden_states(folder: Path, window: int) -> np.ndarray:
 # ---- All windows in one file
 
 
-def construct_memmap(files: HiddenStateFiles, lengths: np.ndarray, shape: HiddenStateShape, keep_dat: bool) -> None:
-    """Write what is not whole yet of the `.dat`, the `.h5` and the maps, from the `.npy` files, in bounded memory.
+def begin_h5(files: HiddenStateFiles, shape: HiddenStateShape) -> None:
+    """Make the `.h5.part`, without rows, where there is none of this shape yet.
 
-    lengths (N,) tokens of each window. keep_dat: the `.dat` is wanted for itself, not only as a step to the `.h5`.
-    Raises InputError where a `.npy` or the `.dat` is cut off, holds NaN or has another shape, or the disk is full.
+    Raises InputError where the disk has no room for it.
     """
-    is_h5_whole = h5_is_whole(files, shape)
-    if not dat_is_whole(files, shape) and (keep_dat or not is_h5_whole):
-        _write_dat(files, lengths, shape)
-    if not is_h5_whole:
-        _write_h5(files, shape)
+    if files.part.exists():
+        try:
+            UnfinishedH5(files, shape).close()
+            return
+        except InputError:
+            files.part.unlink()
+    free = shutil.disk_usage(files.output_dir).free
+    if free < shape.n_bytes:
+        got = f"takes {shape.n_bytes / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB are free on its disk"
+        raise InputError(f"{files.h5}: {got}; free space or choose another folder")
+    with replacing(files.part) as temporary:
+        offset = _create_h5(temporary, shape)
+        # A hole without blocks on disk until the rows are written.
+        os.truncate(temporary, offset + shape.n_bytes + shape.n_windows)
+
+
+class UnfinishedH5:
+    """The `.h5.part`, open for writing rows, by several processes at once where each has its own windows."""
+
+    def __init__(self, files: HiddenStateFiles, shape: HiddenStateShape) -> None:
+        """Raises InputError where it is not there, damaged or of another shape."""
+        self.files, self.shape = files, shape
+        found = map_all_hidden_states(files.part)
+        self._offset = int(found.offset)  # type: ignore[attr-defined]
+        self._end = self._offset + shape.n_bytes
+        is_right = found.shape == (shape.n_rows, shape.hidden_size) and found.dtype == shape.dtype
+        if not is_right or files.part.stat().st_size not in (self._end, self._end + shape.n_windows):
+            raise InputError(f"{files.part}: is of other windows or another size; delete it and run stage 2 again")
+        self._file = open(files.part, "r+b", buffering=0)  # noqa: SIM115 (closed by close)
+
+    def __enter__(self) -> "UnfinishedH5":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def has_rows(self) -> np.ndarray:
+        """(N,) bool: the windows whose rows are written."""
+        marks = os.pread(self._file.fileno(), self.shape.n_windows, self._end)
+        if not marks:  # cut off where the file was about to be renamed: all are
+            return np.ones(self.shape.n_windows, dtype=bool)
+        return np.frombuffer(marks, dtype=np.uint8) == 1
+
+    def lost_rows(self, lengths: np.ndarray) -> np.ndarray:
+        """(N,) bool: the windows whose rows are marked as written, but in which a page of the file is all zero.
+
+        A machine that loses power may keep the mark and lose the rows. Reads all that is there.
+        """
+        is_lost = np.zeros(self.shape.n_windows, dtype=bool)
+        row_bytes = self.shape.hidden_size * self.shape.dtype.itemsize
+        firsts = self._offset + (np.cumsum(lengths) - lengths) * row_bytes
+        windows = np.flatnonzero(self.has_rows())
+        for window in ProgressBar(windows.tolist(), desc=self.files.part.name, unit="window", disable=not len(windows)):
+            first, n_bytes = int(firsts[window]), int(lengths[window]) * row_bytes
+            is_set = np.frombuffer(os.pread(self._file.fileno(), n_bytes, first), dtype=np.uint8) != 0
+            starts = np.arange(-(first % PAGE_BYTES), n_bytes, PAGE_BYTES).clip(min=0)
+            is_lost[window] = len(is_set) < n_bytes or not np.logical_or.reduceat(is_set, starts).all()
+        return is_lost
+
+    def write(self, window: int, first_row: int, hidden_states: np.ndarray) -> None:
+        """Write a window's rows (L, D), of the file's dtype, at their place; first_row: of the window."""
+        row_bytes = self.shape.hidden_size * self.shape.dtype.itemsize
+        try:
+            self._write_at(self._offset + first_row * row_bytes, np.ascontiguousarray(hidden_states).data.cast("B"))
+            self._write_at(self._end + window, memoryview(b"\1"))  # last: what is marked is whole
+        except OSError as error:
+            message = f"{self.files.part}: cannot be written ({error.strerror or error})"
+            raise InputError(f"{message}; free space or fix the path") from error
+
+    def _write_at(self, offset: int, content: memoryview) -> None:
+        while content:
+            n_written = os.pwrite(self._file.fileno(), content, offset)
+            offset, content = offset + n_written, content[n_written:]
+
+    def finish(self) -> None:
+        """Make it the `.h5`, once all rows are written."""
+        assert self.has_rows().all(), self.files.part
+        try:
+            os.truncate(self.files.part, self._end)
+            os.replace(self.files.part, self.files.h5)
+        except OSError as error:
+            raise InputError(f"{self.files.h5}: cannot be written ({error.strerror}); fix the path") from error
+
+
+def rows_to_write(files: HiddenStateFiles, lengths: np.ndarray, shape: HiddenStateShape) -> np.ndarray:
+    """(N,) bool: the windows whose rows are neither in the `.h5` nor in a `.h5.part`; lengths (N,) tokens of each."""
+    if h5_is_whole(files, shape):
+        return np.zeros(shape.n_windows, dtype=bool)
+    try:
+        with UnfinishedH5(files, shape) as part:
+            return ~part.has_rows() | part.lost_rows(lengths)
+    except InputError:
+        return np.ones(shape.n_windows, dtype=bool)
+
+
+def construct_memmap(
+    files: HiddenStateFiles, lengths: np.ndarray, shape: HiddenStateShape, keep_dat: bool = False
+) -> None:
+    """Make what is not whole yet of the `.h5`, the maps and, with keep_dat, the `.dat`, in bounded memory.
+
+    Rows that are not in the `.h5.part` yet are read from the `.npy` files. lengths (N,) tokens of each window.
+    Raises InputError where a `.npy` is cut off, holds NaN or has another shape, or the disk is full.
+    """
+    if not h5_is_whole(files, shape):
+        begin_h5(files, shape)
+        with UnfinishedH5(files, shape) as part:
+            _copy_windows(part, lengths)
+            part.finish()
+    files.part.unlink(missing_ok=True)  # of a time when the .h5 was lost for a while
     if not _index_maps_are_whole(files, shape):
         for path, values in (
             (files.index_to_seqlen, lengths),
             (files.index_to_acc_index, np.cumsum(lengths) - lengths),
         ):
             write_json(path, {str(window): value for window, value in enumerate(values.tolist())})
+    if keep_dat and not dat_is_whole(files, shape):
+        _write_dat(files)
 
 
 def memmap_is_whole(files: HiddenStateFiles, shape: HiddenStateShape) -> bool:
@@ -149,38 +268,38 @@ def _index_maps_are_whole(files: HiddenStateFiles, shape: HiddenStateShape) -> b
 
 
 def discard_intermediates(files: HiddenStateFiles, shape: HiddenStateShape) -> None:
-    """Delete the `.npy` files and the `.dat`. Only once the `.h5` and the maps are whole: they hold the same."""
+    """Delete what `.npy` files and `.dat` there are. Only once the `.h5` and the maps are whole: they hold the same."""
     assert memmap_is_whole(files, shape), files.h5
     for window in windows_with_hidden_states(files.folder):
         hidden_states_path(files.folder, window).unlink(missing_ok=True)
     files.dat.unlink(missing_ok=True)
 
 
-def _write_dat(files: HiddenStateFiles, lengths: np.ndarray, shape: HiddenStateShape) -> None:
-    bar = ProgressBar(total=shape.n_bytes, desc=files.dat.name, unit="B", unit_scale=True)
+def _copy_windows(part: UnfinishedH5, lengths: np.ndarray) -> None:
+    """Write the rows that are only in `.npy` files."""
+    shape, folder = part.shape, part.files.folder
+    windows = np.flatnonzero(~part.has_rows())
+    firsts = np.cumsum(lengths) - lengths
+    name = part.files.h5.name
+    for window in ProgressBar(windows.tolist(), desc=name, unit="window", disable=not len(windows)):
+        array, path = read_hidden_states(folder, window), hidden_states_path(folder, window)
+        expected = ((int(lengths[window]), shape.hidden_size), shape.dtype)
+        if (array.shape, array.dtype) != expected:
+            got = f"is {array.dtype} {array.shape}, expected {expected[1]} {expected[0]}"
+            raise InputError(f"{path}: {got}; delete it and run stage 2 again")
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: holds NaN or infinity; delete it and run stage 2 again")
+        part.write(window, int(firsts[window]), array)
+
+
+def _write_dat(files: HiddenStateFiles) -> None:
+    rows = map_all_hidden_states(files.h5)
+    n_rows = max(COPY_BYTES // max(rows[:1].nbytes, 1), 1)
+    bar = ProgressBar(total=rows.nbytes, desc=files.dat.name, unit="B", unit_scale=True)
     with bar, replacing(files.dat) as temporary, open(temporary, "wb") as file:
-        for window, length in enumerate(lengths.tolist()):
-            array = read_hidden_states(files.folder, window)
-            expected = ((length, shape.hidden_size), shape.dtype)
-            if (array.shape, array.dtype) != expected:
-                got = f"is {array.dtype} {array.shape}, expected {expected[1]} {expected[0]}"
-                raise InputError(f"{hidden_states_path(files.folder, window)}: {got}; delete it and run stage 2 again")
-            _require_finite(array, hidden_states_path(files.folder, window))
-            file.write(np.ascontiguousarray(array).data)
-            bar.update(array.nbytes)
-
-
-def _write_h5(files: HiddenStateFiles, shape: HiddenStateShape) -> None:
-    bar = ProgressBar(total=shape.n_bytes, desc=files.h5.name, unit="B", unit_scale=True)
-    with bar, replacing(files.h5) as temporary:
-        offset = _create_h5(temporary, shape)
-        # The rows are written past HDF5, whose errors on a full disk leave its file open and surface at exit.
-        with open(files.dat, "rb") as source, open(temporary, "r+b") as target:
-            target.seek(offset)
-            while block := source.read(COPY_BYTES):
-                _require_finite(np.frombuffer(block, dtype=shape.dtype), files.dat)
-                target.write(block)
-                bar.update(len(block))
+        for first in range(0, len(rows), n_rows):
+            file.write(rows[first : first + n_rows].data)
+            bar.update(rows[first : first + n_rows].nbytes)
 
 
 def _create_h5(path: Path, shape: HiddenStateShape) -> int:
@@ -199,11 +318,6 @@ def _create_h5(path: Path, shape: HiddenStateShape) -> int:
             return int(dataset.get_offset())
     except RuntimeError as error:
         raise OSError(str(error)) from error  # how h5py says at close that the disk is full
-
-
-def _require_finite(array: np.ndarray, path: Path) -> None:
-    if not np.isfinite(array).all():
-        raise InputError(f"{path}: holds NaN or infinity; delete it and run stage 2 again")
 
 
 def map_all_hidden_states(path: Path) -> np.ndarray:

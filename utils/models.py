@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -160,18 +161,32 @@ def require_known_ids(config: Any, model_path: str, largest_id: int) -> None:
         raise InputError(f"{message}; put the model's own tokenizer into the folder")
 
 
-def load_lm(model_path: str, device: str = "auto", dtype: str = "auto", cache_dir: Path | None = None) -> CausalLM:
+def load_lm(
+    model_path: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    cache_dir: Path | None = None,
+    device_map: str | None = None,
+) -> CausalLM:
     """A causal LM ready for inference; raises InputError where weights are missing, damaged or not a causal LM's.
 
-    dtype: auto is the checkpoint's on CUDA and float32 on CPU.
+    dtype: auto is the checkpoint's on CUDA and float32 on CPU. device_map: auto spreads the layers over all GPUs, and
+    over the memory of the machine where these do not do; None: all on the device. It needs the package accelerate.
     """
     config = load_config(model_path, cache_dir)
     where = pick_device(device)
+    if device_map is not None and find_spec("accelerate") is None:
+        raise InputError(f"--device_map {device_map}: needs the package accelerate; pip install accelerate")
     weights_dtype = ("float32" if where.type == "cpu" else "auto") if dtype == "auto" else dtype
     try:
         with phase(f"loading {model_path} in {weights_dtype} onto {where}"), _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                model_path, config=config, dtype=weights_dtype, cache_dir=cache_dir, output_loading_info=True
+                model_path,
+                config=config,
+                dtype=weights_dtype,
+                cache_dir=cache_dir,
+                device_map=device_map,
+                output_loading_info=True,
             )
             model, report = loaded
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -188,7 +203,7 @@ def load_lm(model_path: str, device: str = "auto", dtype: str = "auto", cache_di
         raise InputError(
             f"{model_path}: {len(missing)} weights are missing, {missing[0]} the first; copy the model anew"
         )
-    lm = CausalLM(model.to(where), model_path)
+    lm = CausalLM(model.to(where) if device_map is None else model, model_path)
     _require_causal(lm)
     return lm
 

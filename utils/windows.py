@@ -7,6 +7,7 @@ depends on the text, the tokenizer and the flags alone, and never on what an ear
 
 import hashlib
 import logging
+import os
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
@@ -52,11 +53,31 @@ class WindowShape:
         return [(start, min(start + self.chunk_size, n_tokens)) for start in starts]
 
 
+class TokenFile:
+    """Token ids in an unnamed file, which goes with this object or with the process.
+
+    Read piece by piece, not mapped: mapped pages would count as this process's memory, 4 bytes a token.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        file.flush()
+        self._file = file
+
+    def read(self, first: int, n_tokens: int) -> np.ndarray:
+        """(n_tokens,) int32 from the `first` on; read-only. Raises InputError where the disk fails."""
+        itemsize = np.dtype(np.int32).itemsize
+        try:
+            found = os.pread(self._file.fileno(), n_tokens * itemsize, first * itemsize)
+        except OSError as error:
+            raise InputError(f"the text's token ids cannot be read back ({error.strerror}); check the disk") from error
+        return np.frombuffer(found, dtype=np.int32)
+
+
 @dataclass(frozen=True)
 class WindowPlan:
-    """All windows of a text, numbered in its order; the token ids lie in a memory-mapped file, the bounds in memory."""
+    """All windows of a text, numbered in its order; the token ids lie in a file, the bounds in memory."""
 
-    passage_tokens: np.ndarray  # (S,) int32: the passages one after the other
+    passage_tokens: TokenFile  # the passages one after the other
     starts: np.ndarray  # (N,) int64: where each window begins in them
     lengths: np.ndarray  # (N,) int64
     n_passages: int  # that have windows
@@ -77,8 +98,7 @@ class WindowPlan:
 
     def token_ids(self, window: int) -> np.ndarray:
         """(L,) int32, one window's."""
-        start = self.starts[window]
-        return self.passage_tokens[start : start + self.lengths[window]]
+        return self.passage_tokens.read(int(self.starts[window]), int(self.lengths[window]))
 
     def batch_token_ids(self, windows: np.ndarray) -> np.ndarray:
         """(B, L) int32, the windows of one batch, which are equally long."""
@@ -99,14 +119,14 @@ def plan_windows(
 ) -> WindowPlan:
     """Tokenise a text and cut it into windows, in memory that holds a few passages and 16 bytes a window.
 
-    The ids go to an unnamed file in `folder`, which vanishes with the plan or with the process. n_bytes: the text's
-    size, for the progress bar. Raises InputError where no passage is long enough, a span touches no token, or the
+    The ids go to an unnamed file in `folder`, 4 bytes each, which vanishes with the plan or with the process. n_bytes:
+    the text's size, for the progress bar; None: no bar. Raises InputError where no passage is long enough, a span touches no token, or the
     folder's disk is full.
     """
     bar = ProgressBar(total=n_bytes, desc="tokenising", unit="B", unit_scale=True, disable=n_bytes is None)
     try:
-        with bar, tempfile.TemporaryFile(dir=folder) as file:
-            draft = _Draft(shape, file)
+        with bar:
+            draft = _Draft(shape, tempfile.TemporaryFile(dir=folder))  # noqa: SIM115 (it goes with the plan)
             for group in _grouped(passages):
                 for token_ids, bounds in _tokenized(group, tokenizer, draft.n_seen):
                     draft.add(np.array(token_ids, dtype=np.int32), bounds)
@@ -184,9 +204,8 @@ class _Draft:
             longest = f"the longest of its {self.n_short_passages} passages has {self.n_longest}"
             wanted = f"the {self.shape.min_length} tokens of --min_length"
             raise InputError(f"the text has no passage of {wanted} ({longest}); lower it or give another text")
-        self.file.flush()
         return WindowPlan(
-            np.memmap(self.file, dtype=np.int32, mode="r", shape=(self.n_written,)).view(np.ndarray),
+            TokenFile(self.file),
             np.array(self.starts),
             np.array(self.lengths),
             self.n_passages,
@@ -249,3 +268,21 @@ def plan_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
         for first in range(0, len(windows), batch_size)
     ]
     return sorted(batches, key=lambda windows: int(windows[0]))
+
+
+def place_batches(lengths: np.ndarray, batches: list[np.ndarray], n_places: int) -> np.ndarray:
+    """(number of batches,) int64, ascending, in [0, n_places): where the middle token of each batch stands among all.
+
+    lengths (N,) of the windows. Whoever takes the batches of a range of places has that share of the tokens, but for
+    one batch; and ranges that do not overlap have no batch in common.
+    """
+    sizes = np.array([int(lengths[windows].sum()) for windows in batches], dtype=np.int64)
+    middles = np.cumsum(sizes) - sizes // 2 - 1
+    # In Python's own numbers: places times tokens is beyond int64.
+    total = int(sizes.sum())
+    return np.array([int(middle) * n_places // total for middle in middles.tolist()], dtype=np.int64)
+
+
+def share_of(rank: int, n_ranks: int, n_places: int) -> range:
+    """The places of one of several equal shares."""
+    return range(rank * n_places // n_ranks, (rank + 1) * n_places // n_ranks)
