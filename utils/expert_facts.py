@@ -27,7 +27,7 @@ from utils.sampling import Sampler
 
 ALONE, WITH_PROFILE, WITH_CHUNKS = WAYS = ("LM", "LM with the profile", "LM with expert chunks")
 N_THRESHOLDS = 11
-BATCH_SIZE = 8
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
