@@ -439,7 +439,7 @@ def test_theta_recolours_as_many_proposals_as_are_at_or_above_it(look, reported,
         slider.fill(str(theta))
         wanted = sum(similarity >= theta for similarity in similarities)
         assert n_coloured(page) == wanted
-        assert f"{wanted} of {len(similarities)} proposals would be accepted, {n_taken} were" in said.inner_text()
+        assert f"{wanted} of {len(similarities)} would be accepted, {n_taken} were" in said.inner_text()
     page.get_by_role("button", name="as it was").click()
     assert n_coloured(page) == n_taken
     assert page.locator(".chunk.off, .other.on").count() == 0

@@ -10,7 +10,7 @@
   // ---- Elements. Text goes in as text nodes only.
 
   function put(parent, children) {
-    for (const child of children.flat()) {
+    for (const child of children.flat(3)) {
       if (child !== null && child !== undefined && child !== "") parent.append(child);
     }
     return parent;
@@ -243,12 +243,13 @@
   function figuresTable() {
     if (data.table.length < 2) return null;
     const [head, ...rows] = data.table;
+    const broken = (cell) => cell.split(/(?<=_)|(?= \[)/).map((part) => [el("span", part), el("wbr")]);
     const body = rows.map(([label, ...cells]) => {
       const kind = label.startsWith("  ") ? "tr.part" : cells.some((cell) => cell) ? "tr" : "tr.group";
-      return el(kind, el("td", label.trim()), cells.map((cell) => el("td", cell)));
+      return el(kind, el("td", label.trim()), cells.map((cell) => el("td", broken(cell))));
     });
     const apart = data.timesOfTwoCommands;
-    return fold("All figures", el("div.scroll", el("table", el("thead", el("tr", head.map((cell) => el("th", cell)))), el("tbody", body))),
+    return fold("All figures", el("div.scroll", el("table", el("thead", el("tr", head.map((cell) => el("th", broken(cell))))), el("tbody", body))),
       apart.length ? el("p.soft.small", `Time saved of ${apart.join(", ")}: the baseline was timed by another command; time both by one to compare.`) : null);
   }
 
@@ -290,7 +291,8 @@
         const now = moved === null ? nAccepted : atOrAbove(moved);
         shown.textContent = theta().toFixed(3).replace(/0$/, "");
         if (moved === null) said.replaceChildren(el("b", number(now)), ` of ${number(n)} proposals were accepted`);
-        else said.replaceChildren(el("b", number(now)), ` of ${number(n)} proposals would be accepted, ${number(nAccepted)} were. `, el("span.long", "After the first change the text would go on differently."), reset);
+        else said.replaceChildren(el("b", number(now)), ` of ${number(n)} would be accepted, ${number(nAccepted)} were`);
+        reset.disabled = moved === null;
         slider.value = String(theta());
         thetaLine(theta());
         recolourVisible();
@@ -304,7 +306,7 @@
       reset.addEventListener("click", () => { moved = null; tell(); });
       const label = el("label", "θ", slider, shown);
       label.htmlFor = "theta";
-      parts.push(label, said, ramp());
+      parts.push(label, reset, said, ramp());
       starts.push(tell);
     } else if (marksOf.some((marks) => marks.length)) {
       parts.push(el("div.said", mode === "verify" ? "Coloured: drafted tokens that the model confirmed, those of one pass together." : "Coloured: chunks."));
@@ -325,10 +327,18 @@
     }));
     select.setAttribute("aria-label", "Go to a text");
     select.addEventListener("change", () => {
-      if (select.value in articles) articles[select.value].scrollIntoView();
+      if (select.value in articles) goTo(articles[select.value], 4);
       select.selectedIndex = 0;
     });
     return select;
+  }
+
+  /** What is laid out on the way there may move it. */
+  function goTo(node, tries) {
+    const before = node.getBoundingClientRect().top;
+    node.scrollIntoView();
+    const isThere = Math.abs(node.getBoundingClientRect().top - before) < 1;
+    if (tries && !isThere) requestAnimationFrame(() => requestAnimationFrame(() => goTo(node, tries - 1)));
   }
 
   // ---- Texts
@@ -439,6 +449,7 @@
     if (text.baseline) body.append(el("div", el("h4", "Baseline"), el("p.text", visible(text.baseline.text))));
     const node = el("article", el("header", el("h3", `Text ${text.index}`), el("span.soft", summaryOf(text))), text.prompt ? box : null, body);
     node.marks = marksOf[i];
+    node.style.containIntrinsicBlockSize = `auto ${estimatedHeight(text)}px`;
     node.upgrade = () => {
       if (node.isUpgraded) return;
       node.isUpgraded = true;
@@ -448,6 +459,15 @@
       recolour(node);
     };
     return node;
+  }
+
+  /** Of an article in pixels, as long as it is out of sight. */
+  function estimatedHeight(text) {
+    const width = Math.min(document.documentElement.clientWidth, 1248) - 48, isWide = width > 800;
+    const columns = Math.max((text.baseline && isWide ? width / 2 : width) / 8.1, 20);
+    const lines = (shown) => sum(shown.split("\n").map((line) => Math.max(Math.ceil(line.length / columns), 1)));
+    const own = lines(text.tokens.join("")), base = text.baseline ? lines(text.baseline.text) : 0;
+    return Math.round(200 + 23.3 * (Math.min(lines(text.prompt), 7) + (isWide ? Math.max(own, base) : own + base + 1)));
   }
 
   // ---- The time of each step
@@ -741,6 +761,7 @@
   if (mode === "verify" && data.texts.some((text) => !text.steps)) notes.push("Some of these texts were generated before steps were recorded, so what was drafted is not known.");
   if (data.leftOut) notes.push(`To keep the page small, ${count(data.leftOut, "text")} more ${data.leftOut === 1 ? "is" : "are"} not shown; figures and charts count all.`);
   if (data.sourceNote) notes.push(data.sourceNote);
+  if (allSimilarities.length) notes.push("The slider shows which proposals another θ would accept, step by step. The texts stay as they are; in truth they would go on differently from the first change on.");
 
   put(page, [
     el("h1", visible(data.title)),
