@@ -74,6 +74,7 @@ Generation
   --top_k K, --top_p P, --seed N                      drawing of tokens (default: eval.py's)
 Output
   --output_dir DIR           for everything (default: output/DATASET in the repository)
+  --report FILE              also write a page about the generations, such as report.html
   --overwrite                replace generations there that were made with other settings
   --quiet                    show results and errors only: no commands, no progress bars
   --verbose                  also say what is read and how long each part takes
@@ -125,7 +126,7 @@ parse_flags() {
         --max_chunk_length | --skip_first_tokens) chunk_flags+=("$1" "$value") ;;
         --chunk_source) chunk_source=$value ;;
         --max_workers) trie_flags+=("$1" "$value") ;;
-        --prompt_template | --acceptance | --top_k | --top_p | --seed) eval_flags+=("$1" "$value") ;;
+        --prompt_template | --acceptance | --top_k | --top_p | --seed | --report) eval_flags+=("$1" "$value") ;;
         --input_files) ;;
         *) refuse "unknown flag '$1' (see --help)" ;;
         esac

@@ -16,7 +16,8 @@ from utils.prompts import read_prompts
 from utils.python_docs import split_of
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("run_pipeline.sh", "run_tests.sh", ".ci/run")
+WALK_THROUGHS = ("self_distillation", "knowledge_distillation", "expert_facts")
+SCRIPTS = ("run_pipeline.sh", "run_tests.sh", ".ci/run", *(f"examples/{name}.sh" for name in WALK_THROUGHS))
 STAGES = (
     "preprocess_dataset.py",
     "extract_token_probs_and_memmap.py",
@@ -134,6 +135,36 @@ def test_every_stage_is_told_how_much_to_show(checkout: Path, flag: str, n_shown
     assert done.returncode == 0, done.stderr
     assert [line.split()[-1] for line in commands(checkout)] == [flag] * 5
     assert sum(line.startswith("+ ") for line in done.stdout.splitlines()) == n_shown
+
+
+@pytest.mark.usefixtures("no_failure")
+@pytest.mark.parametrize("name", WALK_THROUGHS)
+def test_walk_through_ends_with_a_report_where_its_caller_wants_it(checkout: Path, tmp_path: Path, name: str) -> None:
+    for script in (f"{name}.sh", "walk_through.sh"):
+        (checkout / "examples" / script).write_bytes((ROOT / "examples" / script).read_bytes())
+    (checkout / "examples/models/small").mkdir()
+    (tmp_path / "my results").mkdir()
+    (tmp_path / "my results/questions.json").write_text("[]")  # which its own Python would write
+    command = ["bash", str(checkout / "examples" / f"{name}.sh"), "my results"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    report = f"{tmp_path}/my results/report.html"
+    assert done.stdout.splitlines()[-1] == report
+    assert any(line.startswith("eval.py") and f"--report {report}" in line for line in commands(checkout))
+    # What it shows is what it runs.
+    assert all(
+        f"--output_dir {tmp_path}/my\\ results" in line for line in done.stdout.splitlines() if "./run_p" in line
+    )
+
+
+@pytest.mark.parametrize("flags", [("--help",), ("a", "b")])
+def test_walk_through_says_what_it_takes(flags: tuple[str, ...]) -> None:
+    shown = subprocess.run(
+        ["bash", ROOT / "examples/expert_facts.sh", *flags], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert shown.returncode == 2
+    assert "examples/expert_facts.sh [FOLDER]" in shown.stderr
+    assert shown.stdout == ""
 
 
 @pytest.mark.usefixtures("no_failure")
