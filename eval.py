@@ -18,6 +18,7 @@ from utils.cli import (
     add_datastore_labels,
     add_excluded_tries,
     add_model,
+    add_verify_checksums,
     cosine,
     draft_size,
     non_negative_float,
@@ -42,6 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--token_trie_dir", type=Path, help="the --output_dir of stage 3, or a trie folder in it")
     add_datastore_labels(parser, "--dataset", required=False)
     add_excluded_tries(parser)
+    add_verify_checksums(parser)
     parser.add_argument("--exclude_huge_token_tries", action="store_true", help="leave out tries over --huge_trie_rows")
     parser.add_argument("--huge_trie_rows", type=positive_int, default=100_000, help="rows that make a trie huge")
     parser.add_argument("--no_reprocessing", action="store_true", help="take the flattened tries as they are")

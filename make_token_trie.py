@@ -18,11 +18,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from utils.checksums import list_files, require_as_written
 from utils.cli import (
     StageParser,
     add_datastore_labels,
     add_excluded_tries,
     add_max_workers,
+    add_verify_checksums,
     non_negative_int,
     positive_int,
     run_script,
@@ -49,7 +51,9 @@ from utils.token_trie import (
     entry_tokens_with_vectors,
     find_trie_folder,
     finished_entry_token_ids,
+    positions_path,
     read_token_id_list,
+    vectors_path,
 )
 
 
@@ -81,6 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="JSON list of entry token ids; with --process_missing_tokens these are made, anew where they are there",
     )
     add_excluded_tries(parser)
+    add_verify_checksums(parser)
     args = parser.parse_args(argv)
     if (args.k is None) != (args.k_interval is None):
         parser.error("--k and --k_interval: give both or neither")
@@ -97,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     hidden_states, extraction = find_hidden_states(args)
     require_same_text(args, folder, tries, extraction)
     token_ids = finished_entry_token_ids(folder, tries)
+    positions = [positions_path(folder, token) for token in token_ids]
+    require_as_written(folder / MANIFEST, tries, positions, verify=args.verify_checksums)
     excluded = read_known(args.excluded_tries_prior, token_ids) or set()
     listed = read_known(args.missing_tokens_file, token_ids)
     first, end = slice_bounds(args, len(token_ids))
@@ -117,7 +124,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def find_hidden_states(args: argparse.Namespace) -> tuple[HiddenStates, Manifest]:
     path = require_file(args.all_hidden_states_path, "stage 2 writes with --construct_memmap")
-    extraction = read_extraction(path.with_name(f"{path.stem}_manifest.json"))
+    manifest_path = path.with_name(f"{path.stem}_manifest.json")
+    extraction = read_extraction(manifest_path)
+    files = (path, args.idx_to_seqlen_path, args.index_to_acc_index_path)
+    require_as_written(manifest_path, extraction, files, verify=args.verify_checksums)
     return open_hidden_states(path, args.idx_to_seqlen_path, args.index_to_acc_index_path, extraction), extraction
 
 
@@ -176,9 +186,8 @@ def conclude(folder: Path, token_ids: set[int], there: set[int], excluded: set[i
     path = folder / HIDDEN_STATES_MANIFEST
     results = {"entry_tokens": len(there), "excluded": sorted(lacking)}
     with sole_writer(folder, "hidden_states_manifest", wait=True):
-        manifest = read_manifest(path, HIDDEN_STATES_STAGE)
-        if not manifest.complete or manifest.results != results:
-            finish_stage(path, manifest, results)
+        files = list_files(path, [vectors_path(folder, token) for token in there])
+        finish_stage(path, read_manifest(path, HIDDEN_STATES_STAGE), results, files)
     left_out = f", {len(lacking):,} left out" if lacking else ""
     return f"{made}; all {len(there):,} have them{left_out}" if token_ids else "the datastore is empty, nothing to do"
 

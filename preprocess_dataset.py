@@ -18,10 +18,12 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
+from utils.checksums import list_files
 from utils.cli import StageParser, add_cache_dir, positive_int, run_script, share
 from utils.corpora import (
     CORPORA,
     INPUT_SUFFIXES,
+    STAGE,
     Source,
     SplitRule,
     WithoutSplits,
@@ -42,7 +44,6 @@ from utils.files import (
     sole_writer,
 )
 
-STAGE = "preprocess_dataset.py"
 FRACTION = 0.05
 SEED = 0
 NEEDS_NO_HUB = ("python-docs", "local")
@@ -118,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             rule = SplitRule(args.validation_fraction or 0, args.test_fraction or 0, args.seed or 0)
             sizes = write_splits(source, rule, args.output_dir, args.max_passages)
-            finish_stage(path, manifest, {split: asdict(size) for split, size in sizes.items()})
+            files = list_files(path, [split_path(args.output_dir, split) for split in sizes])
+            finish_stage(path, manifest, {split: asdict(size) for split, size in sizes.items()}, files)
         report(args.output_dir, manifest)
 
 

@@ -19,12 +19,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from utils.checksums import list_files, require_as_written
 from utils.chunk_lists import ChunkListPaths, ChunkRule, Corpus, find_all_chunks
 from utils.cli import (
     StageParser,
     add_cache_dir,
     add_datastore_labels,
     add_max_workers,
+    add_verify_checksums,
     non_negative_int,
     positive_float,
     run_script,
@@ -32,13 +34,14 @@ from utils.cli import (
 from utils.expert_spans import FINGERPRINT, SOURCES, read_expert_spans
 from utils.files import InputError, Manifest, begin_stage, finish_stage, make_folder, sole_writer, temporary_folder
 from utils.progress import ProgressBar, phase
-from utils.token_probs import find_token_probs
+from utils.token_probs import find_token_probs, token_probs_path
 from utils.token_trie import (
     MANIFEST,
     SPILL_FOLDER,
     STAGE,
     entry_token_ids,
     require_no_strays,
+    trie_files,
     trie_folder_path,
     unit_bytes_in,
     write_tries,
@@ -74,6 +77,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "less its --stride; 0 with --chunk_source expert and both, so that short texts lose no span)",
     )
     add_max_workers(parser)
+    add_verify_checksums(parser)
     parser.add_argument(
         "--max_memory_gb",
         type=positive_float,
@@ -86,6 +90,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     token_prob_dir, extraction = find_token_probs(args.token_prob_dir, args.partition)
+    files = [token_probs_path(token_prob_dir, window) for window in range(extraction.results["n_windows"])]
+    manifest_path = token_prob_dir.with_name(f"{args.partition}_manifest.json")
+    require_as_written(manifest_path, extraction, files, verify=args.verify_checksums)
     expert_spans = None
     if args.chunk_source != "probability":
         expert_spans = read_expert_spans(token_prob_dir, extraction.results)
@@ -138,7 +145,7 @@ def run(args: argparse.Namespace, corpus: Corpus, extraction: Manifest, n_worker
         with phase(f"reading {n_windows} windows in {corpus.token_prob_dir}"), bar:
             chunks = find_all_chunks(corpus, rule, lists, spill_folder, n_workers, bar.update)
         counts = {"windows": chunks.n_windows, "tokens": chunks.n_tokens}
-        finish_stage(lists.manifest, lists_manifest, counts)
+        finish_stage(lists.manifest, lists_manifest, counts, list_files(lists.manifest, lists.files))
         bar = ProgressBar(total=chunks.spill.n_entry_tokens, desc="writing token tries", unit="trie")
         with phase(f"sorting and writing {chunks.spill.n_rows} chunks"), bar:
             bar.update(len(there := entry_token_ids(folder)))
@@ -148,7 +155,7 @@ def run(args: argparse.Namespace, corpus: Corpus, extraction: Manifest, n_worker
     if corpus.expert_spans is not None:
         n_in_chunks = len(chunks.expert_spans)
         counts |= {"expert_spans": corpus.expert_spans.n_spans, "expert_spans_in_chunks": n_in_chunks}
-    finish_stage(folder / MANIFEST, manifest, counts)
+    finish_stage(folder / MANIFEST, manifest, counts, list_files(folder / MANIFEST, trie_files(folder)))
     print(summary(folder, manifest))
 
 

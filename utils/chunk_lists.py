@@ -68,6 +68,13 @@ class ChunkListPaths:
     def lists(self) -> tuple[Path, Path, Path]:
         return self.token_prob_list, self.all_phrases, self.all_filtered
 
+    @property
+    def files(self) -> list[Path]:
+        """All lists that lie there, those of other γ too."""
+        kinds = ("token_prob_list.json", "all_phrases_", "all_filtered_tok_probs_")
+        starts = tuple(f"{self._stem}_{kind}" for kind in kinds)
+        return [path for path in self.output_dir.iterdir() if path.name.startswith(starts)]
+
     def require_no_strays(self) -> None:
         """Raise InputError where lists lie there without a manifest: nothing says what they were made from."""
         if not self.manifest.exists():

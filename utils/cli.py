@@ -187,6 +187,14 @@ def add_max_workers(parser: Parser) -> None:
     )
 
 
+def add_verify_checksums(parser: Parser) -> None:
+    parser.add_argument(
+        "--verify_checksums",
+        action="store_true",
+        help="read all of what the stages before wrote and name what was changed since; sizes are always compared",
+    )
+
+
 def add_excluded_tries(parser: Parser) -> None:
     parser.add_argument(
         "--excluded_tries_prior",

@@ -20,12 +20,22 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
+from utils.checksums import require_as_written
 from utils.expert_spans import cuts_character
-from utils.files import InputError, file_fingerprint, iter_json_list, json_list_writer, open_text, require_file
+from utils.files import (
+    InputError,
+    file_fingerprint,
+    iter_json_list,
+    json_list_writer,
+    open_text,
+    read_manifest,
+    require_file,
+)
 from utils.progress import ProgressBar
 from utils.python_docs import python_docs
 
 LOGGER = logging.getLogger(__name__)
+STAGE = "preprocess_dataset.py"
 SPLITS = ("train", "validation", "test")
 INPUT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 # The medical instructions come without a validation split: it is cut off the end of train.
@@ -107,7 +117,19 @@ def read_passages(path: Path) -> Iterator[Passage]:
     there = [f"{split}.json" for split in splits_in(path.parent)]
     others = f" (in that folder: {', '.join(there)})" if there else ""
     require_file(path, f"preprocess_dataset.py writes{others}")
+    _require_as_written(path)
     return _json_entries(path, "text")
+
+
+def _require_as_written(path: Path) -> None:
+    """Where stage 1 wrote a split file, raise InputError if it was changed since: that is a second for each GB."""
+    manifest_path = path.with_name("manifest.json")
+    try:
+        manifest = read_manifest(manifest_path, STAGE)
+    except InputError:
+        return  # it is the user's own, or of a run before there were manifests
+    if manifest.complete:
+        require_as_written(manifest_path, manifest, [path], verify=True)
 
 
 def write_splits(source: Source, rule: SplitRule, folder: Path, max_passages: int | None) -> dict[str, SplitSize]:

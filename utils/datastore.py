@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.checksums import list_files, require_as_written
 from utils.chunks import sort_chunks
 from utils.files import (
     InputError,
@@ -42,8 +43,11 @@ from utils.token_trie import (
     MANIFEST,
     TrieRows,
     datastore_token_ids,
+    positions_path,
     read_context_vectors,
     read_trie_rows,
+    trie_path,
+    vectors_path,
 )
 from utils.token_trie import STAGE as TRIE_STAGE
 
@@ -161,14 +165,16 @@ def open_datastore(
     excluded: frozenset[int] = frozenset(),
     max_rows: int | None = None,
     reprocess: bool = True,
+    verify: bool = False,
 ) -> Datastore:
     """The datastore of a trie folder, flattened first where that has not been done.
 
     excluded: entry tokens left out; max_rows: tries of more rows are left out, None for no bound; reprocess False: the
-    pickles must be there and up to date, InputError otherwise.
+    pickles must be there and up to date, InputError otherwise; verify: read all files that are to be used, and raise
+    InputError where one is not what was written.
     """
     source = read_finished(trie_folder / HIDDEN_STATES_MANIFEST, "make_token_trie.py")
-    n_rows = _flatten(trie_folder, reprocess)
+    n_rows = _flatten(trie_folder, reprocess, verify)
     kept = {
         token_id: n
         for token_id, n in n_rows.items()
@@ -195,13 +201,18 @@ def require_made_with(trie_folder: Path, model_path: str, tokenizer: str, model:
 # ---- Flattening
 
 
-def _flatten(trie_folder: Path, reprocess: bool) -> dict[int, int]:
+def _flatten(trie_folder: Path, reprocess: bool, verify: bool) -> dict[int, int]:
     """Make the pickles that are missing; returns the rows of each entry token's trie."""
     folder, path = trie_folder / FOLDER, trie_folder / FOLDER / MANIFEST
     inputs = {name: file_fingerprint(trie_folder / name) for name in (MANIFEST, HIDDEN_STATES_MANIFEST)}
     is_current = path.exists() and read_manifest(path, STAGE).inputs == inputs
     if is_current and (manifest := read_manifest(path, STAGE)).complete:
-        return _rows_by_token(path, manifest)
+        n_rows_by_token = _rows_by_token(path, manifest)
+        pickles = [_pickle_path(folder, token_id) for token_id in n_rows_by_token]
+        # One that is gone is made again where it may be; one that was changed or cut off has to be deleted first.
+        if not reprocess or all(pickle.exists() for pickle in pickles):
+            require_as_written(path, manifest, pickles, verify=verify)
+            return n_rows_by_token
     if not reprocess:
         reason = "are not all there" if is_current or not path.exists() else "were made from another datastore"
         raise InputError(f"{folder}: the flattened tries {reason}; leave out --no_reprocessing once")
@@ -211,11 +222,27 @@ def _flatten(trie_folder: Path, reprocess: bool) -> dict[int, int]:
             remove_folder(folder)
         manifest = begin_stage(make_folder(folder) / MANIFEST, STAGE, {}, inputs)
         token_ids = datastore_token_ids(trie_folder)
+        _require_tries_as_written(trie_folder, token_ids, verify)
         n_rows = {}
         for token_id in ProgressBar(token_ids, desc="flattening token tries", unit="trie", disable=not token_ids):
             n_rows[str(token_id)] = _flatten_trie(trie_folder, folder, token_id)
-        finish_stage(path, manifest, {"rows": n_rows})
+        files = list_files(path, [_pickle_path(folder, token_id) for token_id in token_ids])
+        finish_stage(path, manifest, {"rows": n_rows}, files)
         return _rows_by_token(path, manifest)
+
+
+def _require_tries_as_written(trie_folder: Path, token_ids: list[int], verify: bool) -> None:
+    for name, stage, paths in (
+        (MANIFEST, TRIE_STAGE, (trie_path, positions_path)),
+        (HIDDEN_STATES_MANIFEST, HIDDEN_STATES_STAGE, (vectors_path,)),
+    ):
+        manifest = read_finished(trie_folder / name, stage)
+        files = [path(trie_folder, token_id) for token_id in token_ids for path in paths]
+        require_as_written(trie_folder / name, manifest, files, verify=verify)
+
+
+def _pickle_path(folder: Path, token_id: int) -> Path:
+    return folder / f"{token_id}.pkl"
 
 
 def _rows_by_token(path: Path, manifest: Manifest) -> dict[int, int]:
@@ -227,7 +254,7 @@ def _rows_by_token(path: Path, manifest: Manifest) -> dict[int, int]:
 
 def _flatten_trie(trie_folder: Path, folder: Path, token_id: int) -> int:
     """Write one trie's pickle, unless it is there whole; returns its rows."""
-    path = folder / f"{token_id}.pkl"
+    path = _pickle_path(folder, token_id)
     if path.exists():
         return len(_read_arrays(path)["windows"])
     arrays = _flattened_arrays(trie_folder, token_id)
@@ -295,7 +322,7 @@ def read_flattened(folder: Path, entry_token_id: int, hidden_size: int, device: 
 
     Raises InputError, which names the file, where it is missing, cut off, not arrays alone or not a trie's arrays.
     """
-    path = folder / f"{entry_token_id}.pkl"
+    path = _pickle_path(folder, entry_token_id)
     arrays = _read_arrays(path)
     _require_sound(path, arrays, hidden_size)
     vectors = torch.from_numpy(arrays.pop("context_vectors")).to(device)

@@ -284,6 +284,7 @@ class Evaluation:
             excluded=self._excluded,
             max_rows=args.huge_trie_rows if args.exclude_huge_token_tries else None,
             reprocess=not args.no_reprocessing,
+            verify=args.verify_checksums,
         )
         if datastore.hidden_size != lm.hidden_size:
             got = f"hidden size {datastore.hidden_size} but {args.model_path} has {lm.hidden_size}"

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from utils.checksums import list_files
 from utils.corpora import split_path
 from utils.expert_spans import write_expert_spans
-from utils.extraction_output import Wanted, output_is_whole, require_manifest, whole_outputs
+from utils.extraction_output import Wanted, output_files, output_is_whole, require_manifest, whole_outputs
 from utils.files import (
     Manifest,
     begin_stage,
@@ -114,9 +115,8 @@ class Job:
         if self.args.discard_intermediates and "memmap" in outputs:
             outputs = [name for name in outputs if name != "hidden_states"]
         results = results | {"outputs": outputs}
-        manifest = self.begin()
-        if not manifest.complete or manifest.results != results:
-            finish_stage(self.manifest_path, manifest, results)
+        files = list_files(self.manifest_path, output_files(self.files, outputs))
+        finish_stage(self.manifest_path, self.begin(), results, files)
         return results
 
     def conclude(self, plan: WindowPlan, results: dict[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from utils.hidden_states import (
     HiddenStateShape,
     dat_is_whole,
     h5_is_whole,
+    hidden_states_path,
     memmap_is_whole,
     rows_to_write,
     windows_with_hidden_states,
 )
-from utils.token_probs import windows_with_token_probs
+from utils.token_probs import token_probs_path, windows_with_token_probs
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,15 @@ def require_manifest(manifest_path: Path, files: HiddenStateFiles, *, may_forget
 
 def _single_files(files: HiddenStateFiles) -> list[Path]:
     return [files.dat, files.h5, files.index_to_seqlen, files.index_to_acc_index, expert_spans_path(files.folder)]
+
+
+def output_files(files: HiddenStateFiles, outputs: list[str]) -> list[Path]:
+    """All files that lie there, those of the windows' hidden states where they are among `outputs`."""
+    found = [path for path in _single_files(files) if path.exists()]
+    found += [token_probs_path(files.folder, window) for window in windows_with_token_probs(files.folder)]
+    if "hidden_states" in outputs:
+        found += [hidden_states_path(files.folder, window) for window in windows_with_hidden_states(files.folder)]
+    return found
 
 
 def output_is_whole(files: HiddenStateFiles, results: dict[str, Any], wanted: Wanted) -> bool:

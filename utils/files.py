@@ -13,7 +13,7 @@ import shutil
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fcntl import LOCK_EX, LOCK_NB, flock, lockf
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
@@ -287,6 +287,7 @@ class Manifest:
     inputs: dict[str, Any]
     complete: bool = False
     results: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)  # what utils/checksums.py says of the output
     versions: dict[str, str] = field(default_factory=lambda: package_versions())
 
 
@@ -315,10 +316,12 @@ def _require_same(path: Path, wording: str, found: dict[str, Any], wanted: dict[
             )
 
 
-def finish_stage(path: Path, manifest: Manifest, results: dict[str, Any]) -> None:
-    """Mark a stage's output as whole, with its counts."""
-    manifest.complete, manifest.results = True, results
-    _save(path, manifest)
+def finish_stage(path: Path, manifest: Manifest, results: dict[str, Any], files: dict[str, Any] | None = None) -> None:
+    """Mark a stage's output as whole, with its counts and what `list_files` says of its files; where not marked so."""
+    finished = replace(manifest, complete=True, results=results, files=files or {})
+    if finished != manifest:
+        manifest.__dict__.update(finished.__dict__)
+        _save(path, manifest)
 
 
 def read_finished(path: Path, stage: str) -> Manifest:
@@ -338,8 +341,8 @@ def read_manifest(path: Path, stage: str) -> Manifest:
         manifest = Manifest(**fields)
     except TypeError as error:
         raise InputError(f"{path}: is no manifest of {stage}; delete it and run {stage} again") from error
-    is_sound = isinstance(manifest.arguments, dict) and isinstance(manifest.inputs, dict)
-    if manifest.stage != stage or not is_sound or not isinstance(manifest.results, dict):
+    parts = (manifest.arguments, manifest.inputs, manifest.results, manifest.files)
+    if manifest.stage != stage or not all(isinstance(part, dict) for part in parts):
         raise InputError(f"{path}: is no manifest of {stage}; delete it and run {stage} again")
     return manifest
 

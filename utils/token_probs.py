@@ -14,7 +14,7 @@ import numpy as np
 from utils.files import InputError, Manifest, read_finished, read_json_and_bytes, replacing, require_folder
 
 STAGE = "extract_token_probs_and_memmap.py"
-_NAME = re.compile(r"token_probs_(\d+)\.json")
+_NAME = re.compile(r"token_probs_(0|[1-9][0-9]*)\.json")
 
 
 def read_extraction(path: Path) -> Manifest:
@@ -46,8 +46,10 @@ def find_token_probs(given: Path, partition: str) -> tuple[Path, Manifest]:
     extraction = read_extraction(folder.parent / name)
     require_folder(folder, "extract_token_probs_and_memmap.py wrote")
     n_windows = extraction.results["n_windows"]
-    if missing := set(range(n_windows)).difference(windows_with_token_probs(folder)):
-        got = f"token_probs_{min(missing)}.json is missing, {len(missing)} of {n_windows} windows are"
+    there = [window for window in windows_with_token_probs(folder) if window < n_windows]
+    if n_missing := n_windows - len(there):
+        first = next((i for i, window in enumerate(there) if i != window), len(there))
+        got = f"token_probs_{first}.json is missing, {n_missing} of {n_windows} windows are"
         raise InputError(f"{folder}: {got}; run stage 2 again, it goes on where it was")
     return folder, extraction
 

@@ -163,6 +163,11 @@ def entry_token_ids(folder: Path) -> list[int]:
     return sorted(token for token in found if token < 2**31)
 
 
+def trie_files(folder: Path) -> list[Path]:
+    """Both files of stage 3 of every entry token."""
+    return [path(folder, token) for token in entry_token_ids(folder) for path in (trie_path, positions_path)]
+
+
 def entry_tokens_with_vectors(folder: Path) -> list[int]:
     """The entry tokens whose `.h5` is there too and not cut off, ascending."""
     names = _names(folder)
