@@ -19,6 +19,7 @@ from utils.files import InputError, make_folder, read_json, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Greys and hues of middle lightness: at least 3.5 to 1 in contrast with both white and GitHub's dark page.
@@ -159,12 +160,31 @@ def draw_perplexity(document: Mapping[str, Any]) -> "Figure":
     axes.set_ylabel("perplexity / the LM's")
     axes.set_title(f"{base['tokens']:,} tokens of {document['text']['file']}")
     axes.set_yscale("log")
-    axes.legend()
+    plain_numbers(axes.yaxis, steps=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+    legend_below(figure, axes)
     lowest = min([found["ratio_lower"] for found in of_settings.values()], default=1.0)
-    margin = max(1.05 - 1, 1.5 * (1 - lowest))
+    margin = max(0.05, 1.5 * (1 - lowest))
     close.set_ylim(1 - margin, 1 + margin)
+    near = [theta for theta, _, lower, _ in sorted(points) if lower < 1 + margin]
+    if len(near) > 1:
+        close.set_xlim(near[0] - 0.01, near[-1] + 0.01)
     close.set_title("the same, near 1")
     return figure
+
+
+def plain_numbers(axis: "Axis", steps: Sequence[float] = (1.0,)) -> None:
+    """Ticks of a logarithmic axis at these steps of each decade, as 0.1 or 1,000."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=tuple(steps)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def legend_below(figure: "Figure", axes: "Axes") -> None:
+    """One legend for all panels, of what is in this one."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
 
 def draw_summary(document: Mapping[str, Any]) -> "Figure":
@@ -285,10 +305,12 @@ def draw_retrieval(document: Mapping[str, Any]) -> "Figure":
             curve(panel, points, label, colour)
         panel.set_xscale("log")
         panel.set_yscale("log")
+        plain_numbers(panel.xaxis)
+        plain_numbers(panel.yaxis)
         panel.set_xlabel("rows of a token trie")
         panel.set_title(f"{n_dimensions} dimensions")
     axes[0].set_ylabel("one search (ms)")
-    axes[0].legend()
+    legend_below(figure, axes[0])
     return figure
 
 
