@@ -1,16 +1,22 @@
 """The paper's tables: kNN-LM and the removal of near-duplicates equal what loops give, and the commands run."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TEXTS
+from test_decoding import trie
 
-from benchmarks.paper import knn_lm
+from benchmarks.paper import chunk_length, composition, datastores, knn_lm, perplexity
 from benchmarks.paper.common import mean_interval, ratio
 from benchmarks.paper.knn_lm import Choice, Keys, best_weight, knn_probabilities, nearest_keys
+from benchmarks.paper.near_duplicates import PartOfDatastore, SharedRuns, runs_of
 from utils.corpora import Passage
+from utils.datastore import Datastore
+from utils.files import InputError
 from utils.models import load_tokenizer
 from utils.perplexity import Positions
 from utils.windows import WindowShape, plan_windows
@@ -119,3 +125,113 @@ def test_the_ratio_of_perplexities_weighs_windows_by_their_tokens():
     found = ratio(log_p, other, lengths)
     assert found.value == pytest.approx(np.exp(-(12 + 2.5 - 10 - 2) / 6))
     assert found.lower <= found.value <= found.upper < 1
+
+
+# ---- Near-duplicates
+
+
+def runs_by_sets(token_ids: list[int], n: int) -> set[tuple[int, ...]]:
+    return {tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)}
+
+
+def test_overlap_is_that_of_sets_of_runs():
+    rng = RNG(9)
+    passages = [rng.integers(0, 3, length).tolist() for length in (40, 6, 2, 25, 0)]
+    shared = SharedRuns([np.array(passage) for passage in passages], 4)
+    theirs = [runs_by_sets(passage, 4) for passage in passages]
+    for length in (3, 4, 9, 30):
+        own_ids = rng.integers(0, 3, length).tolist()
+        own = runs_by_sets(own_ids, 4)
+        shares = [len(own & each) / len(each) for each in theirs if each]
+        of_own = len(own & set().union(*theirs)) / len(own) if own else 0.0
+        assert shared.overlap(np.array(own_ids)) == pytest.approx(max([of_own, *shares]) if own else 0.0)
+    assert shared.overlap(np.array(passages[0])) == 1.0
+
+
+def test_runs_that_differ_by_leading_or_trailing_zeros_are_others():
+    runs = [np.array(ids) for ids in ([0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0])]
+    assert len({int(runs_of(ids, 3)[0]) for ids in runs}) == 4
+    assert len(runs_of(np.zeros(10, dtype=np.int64), 3)) == 1
+
+
+def test_a_datastore_without_some_windows_is_one_of_the_other_rows():
+    rng = RNG(10)
+    rows = [(unit, rng.integers(0, 9, int(rng.integers(1, 4))).tolist()) for unit in np.eye(6)]
+    whole = trie(3, rows)
+    whole = replace(whole, windows=np.array([0, 1, 2, 1, 0, 2]))
+    part = PartOfDatastore(Datastore.of([whole], 6), np.array([False, True, False])).trie(3)
+    assert part is not None
+    assert part.windows.tolist() == [0, 2, 0, 2]
+    for i, row in enumerate((0, 2, 4, 5)):
+        assert part.chunk(i) == whole.chunk(row)
+        assert part.context_vectors[i].tolist() == whole.context_vectors[row].tolist()
+    nothing = PartOfDatastore(Datastore.of([whole], 6), np.array([True, True, True]))
+    assert nothing.trie(3) is None
+    assert nothing.trie(4) is None
+
+
+# ---- The commands
+
+
+@pytest.fixture(scope="module")
+def table_flags(gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Flags of a small text, half of whose test split stands in its train split too."""
+    root = tmp_path_factory.mktemp("paper")
+    splits = {"train": TEXTS, "validation": [TEXTS[0][:300], TEXTS[3][:300]], "test": [TEXTS[1], TEXTS[3]]}
+    for split, texts in splits.items():
+        (root / f"{split}.json").write_text(json.dumps([{"text": text} for text in texts]))
+    models = ["--model_ds", gpt2_folder, "--model_gen", gpt2_folder, "--device", "cpu", "--work", root / "work"]
+    windows = ["--chunk_size", 64, "--stride", 48, "--min_length", 10, "--perplexity_window", 60]
+    return [*models, *windows, "--text", f"toy={root}", "--tok_prob_threshold", 0.01]
+
+
+def run_table(module, flags, tmp_path, monkeypatch, run_stage) -> dict:
+    """The results of a table's command, its stages run in this process, which spares their imports."""
+    monkeypatch.setattr(datastores, "run_script", run_stage)
+    module.main([str(flag) for flag in (*flags, "--output", tmp_path / "table.json")])
+    return json.loads((tmp_path / "table.json").read_text())["results"]["toy"]
+
+
+def test_the_table_of_perplexity(table_flags, tmp_path, monkeypatch, run_stage, capsys):
+    flags = (*table_flags, "--knn_tuning_windows", 3)
+    found = run_table(perplexity, flags, tmp_path, monkeypatch, run_stage)
+    rows = found["rows"]
+    assert (
+        rows["small LM"]["tokens"] == rows["kNN-LM"]["tokens"] == rows["KCD, fitted map"]["tokens"] == found["tokens"]
+    )
+    # The text is the datastore's own.
+    assert rows["KCD, fitted map"]["ratio_upper"] < 0.9
+    assert rows["kNN-LM"]["ratio_upper"] < 0.9
+    ratio_to_base = found["fitted_map_to"]["small LM"]
+    assert ratio_to_base["value"] == pytest.approx(rows["KCD, fitted map"]["ratio"])
+    assert ratio_to_base["lower"] == pytest.approx(rows["KCD, fitted map"]["ratio_lower"])
+    shown = capsys.readouterr().out
+    assert all(row["shown"] in shown for row in rows.values())
+
+
+def test_the_table_of_chunk_length(table_flags, tmp_path, monkeypatch, run_stage):
+    lengths = run_table(chunk_length, table_flags, tmp_path, monkeypatch, run_stage)["lengths"]
+    assert list(lengths) == ["1", "2", "4", "0"]
+    means = [found["mean_chunk_length"] for found in lengths.values()]
+    matched = [found["matched"] for found in lengths.values()]
+    assert means == sorted(means)
+    assert matched == sorted(matched, reverse=True)
+    assert lengths["0"]["fitted_map_to_uncut"]["value"] == 1.0
+
+
+def test_the_table_of_what_the_gain_is_made_of(table_flags, tmp_path, monkeypatch, run_stage):
+    found = run_table(composition, table_flags, tmp_path, monkeypatch, run_stage)
+    total = found["groups"][""]["all positions"]["gain"]["fitted map"]["value"]
+    stores = found["datastores"]
+    assert np.exp(-total / 1000) == pytest.approx(stores["all passages"]["rows"]["fitted map"]["ratio"])
+    for kind in ("proposal", "tokens of the chunk", "rows of the entry token's trie"):
+        parts = found["groups"][kind].values()
+        assert sum(part["gain"]["fitted map"]["value"] for part in parts) == pytest.approx(total)
+    assert found["near_duplicates"]["passages"] == 3
+    assert stores["without near-duplicates"]["rows"]["fitted map"]["ratio"] > np.exp(-total / 1000)
+
+
+def test_a_text_without_a_split_is_refused_before_anything_is_read(tmp_path, table_flags):
+    at = table_flags.index("--text")
+    with pytest.raises(InputError, match=r"train\.json: does not exist"):
+        perplexity.main([str(flag) for flag in (*table_flags[:at], "--text", f"none={tmp_path}")])

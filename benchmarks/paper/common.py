@@ -28,6 +28,8 @@ THETAS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.995)
 DEFAULT, TUNED, CONSTANT, FITTED = "default map, θ", "default map, tuned θ", "best constant q", "fitted map"
 N_RESAMPLES = 2000
 
+Maps = dict[str, Acceptance | AcceptanceMap]
+
 
 # ---- Flags
 
@@ -125,7 +127,7 @@ class Reader:
     def proposals(self, lm: CausalLM, datastore: Datastore | None, split: Split) -> Proposals:
         return find_proposals(lm, datastore, split.plan, self.args.batch_size)
 
-    def maps(self, validation: Proposals) -> dict[str, Acceptance | AcceptanceMap]:
+    def maps(self, validation: Proposals) -> Maps:
         """The settings that every table shows side by side, each chosen or fitted on the validation split alone."""
         fitted, constant = fit_maps(self.validation.path, validation, self.args.q_max)
         by_theta = [Acceptance(theta, "bernoulli", self.args.q_max) for theta in THETAS]
@@ -154,7 +156,7 @@ def ratio(log_p: np.ndarray, other: np.ndarray, lengths: np.ndarray) -> "Interva
     return Interval(*np.exp([mean.value, mean.lower, mean.upper]).tolist())
 
 
-def cdlm_rows(maps: dict[str, Acceptance | AcceptanceMap], proposals: Proposals, size: TextSize) -> dict[str, Any]:
+def cdlm_rows(maps: Maps, proposals: Proposals, size: TextSize) -> dict[str, Any]:
     """The figures of each setting, and under "log_p" the log-likelihoods of the windows."""
     probabilities = np.stack([setting_probabilities(setting, proposals) for setting in maps.values()])
     figures, log_p = cdlm_figures(proposals, probabilities, size), log_likelihoods(proposals, probabilities)
@@ -162,6 +164,11 @@ def cdlm_rows(maps: dict[str, Acceptance | AcceptanceMap], proposals: Proposals,
         name: {"shown": shown(name, setting), "log_p": of_windows} | found
         for (name, setting), found, of_windows in zip(maps.items(), figures, log_p, strict=True)
     }
+
+
+def headings(rows: dict[str, Any]) -> list[str]:
+    """Of a column for each setting, where the rows are other texts or datastores: what was chosen differs from row to row."""
+    return [row["shown"] if name == DEFAULT else name for name, row in rows.items()]
 
 
 def without_windows(rows: dict[str, Any]) -> dict[str, Any]:

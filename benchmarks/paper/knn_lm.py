@@ -26,8 +26,8 @@ NEIGHBORS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # Temperatures that are tried: these times the mean squared distance of neighbours.
 TEMPERATURES = tuple(2.0**power for power in range(-8, 3))
 WEIGHT_STEPS = 300
-# Keys and queries that are compared at a time: 64 MB of scores.
-KEYS_AT_ONCE, QUERIES_AT_ONCE = 8192, 2048
+# Keys and queries that are compared at a time: 16 MB of scores.
+KEYS_AT_ONCE, QUERIES_AT_ONCE = 8192, 512
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,12 @@ def nearest_keys(keys: Keys, queries: Tensor, n_neighbors: int) -> tuple[Tensor,
     n_neighbors = min(n_neighbors, len(keys.kept))
     best = queries.new_full((len(queries), n_neighbors), float("inf"))
     best_ids = torch.full_like(best, -1, dtype=torch.int64)
+    # |x|² - 2 x·q as one product: less by the query's square than the distance, which is the same for all keys.
+    asked = torch.cat([-2 * queries, torch.ones_like(queries[:, :1])], dim=1)
+    buffer = queries.new_empty(len(queries), min(KEYS_AT_ONCE, len(keys.kept)))
     for vectors, next_ids in keys.blocks(queries.device):
-        # Less by the query's square than the distance; that is the same for all keys.
-        scores = torch.addmm((vectors * vectors).sum(dim=1), queries, vectors.T, alpha=-2)  # (Q, B)
+        answers = torch.cat([vectors, (vectors * vectors).sum(dim=1, keepdim=True)], dim=1)
+        scores = torch.mm(asked, answers.T, out=buffer) if len(vectors) == buffer.shape[1] else asked @ answers.T
         closer, ids = _columns_where(scores < best.amax(dim=1, keepdim=True), scores, next_ids)
         chosen = torch.topk(torch.cat([best, closer], dim=1), n_neighbors, dim=1, largest=False, sorted=False)
         best, best_ids = chosen.values, torch.cat([best_ids, ids], dim=1).gather(1, chosen.indices)
@@ -102,11 +105,10 @@ def _columns_where(wanted: Tensor, scores: Tensor, next_ids: Tensor) -> tuple[Te
 
     After some blocks few keys are closer than those found, and choosing among few is several times faster.
     """
-    counts = wanted.sum(dim=1)
-    width = int(counts.max())
     rows, columns = wanted.nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(scores))
     places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    packed = scores.new_full((len(scores), width), float("inf"))
+    packed = scores.new_full((len(scores), int(counts.max())), float("inf"))
     ids = torch.full_like(packed, -1, dtype=torch.int64)
     packed[rows, places] = scores[rows, columns]
     ids[rows, places] = next_ids[columns]

@@ -2,8 +2,8 @@
 
 All ways read the same windows of the test split. KCD's chunks are the runs that the large model finds likely in the
 train split; kNN-LM searches the same hidden states of the small model over all of the train split's tokens. What is
-free is chosen on the validation split: the acceptance map by maximum likelihood, the constant q, the tuned θ, and
-kNN-LM's k, temperature and λ. Intervals are of 95%, by drawing windows with replacement, the same for all rows.
+free is chosen on the validation split: the acceptance map by maximum likelihood, the constant q, the tuned θ, and, on
+some of its windows, kNN-LM's k, temperature and λ. Intervals are of 95%, by drawing windows with replacement, the same for all rows.
 
 Run     python benchmarks/paper/perplexity.py --output perplexity.json
         python benchmarks/paper/perplexity.py --model_ds gpt2-xl --model_gen gpt2 --text wiki=data/wiki --text law=data/law
@@ -12,6 +12,7 @@ Run     python benchmarks/paper/perplexity.py --output perplexity.json
 import argparse
 import gc
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from benchmarks.paper.common import (
     CONSTANT,
     FITTED,
     Reader,
-    Split,
     add_flags,
     cdlm_rows,
     perplexity_cells,
@@ -34,7 +34,7 @@ from benchmarks.paper.common import (
     works_of,
 )
 from benchmarks.paper.datastores import EXTRACT, Work
-from utils.cli import Parser, run_script
+from utils.cli import Parser, positive_int, run_script
 from utils.corpora import split_path
 from utils.files import read_finished
 from utils.models import CausalLM, pick_device
@@ -48,6 +48,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_flags(parser)
     parser.add_argument("--without_knn_lm", action="store_true", help="leave out kNN-LM, the slowest row")
+    parser.add_argument(
+        "--knn_tuning_windows",
+        type=positive_int,
+        default=32,
+        help="validation windows, evenly spread, that kNN-LM is tuned on: each of their tokens is compared with all keys",
+    )
     return parser.parse_args(argv)
 
 
@@ -87,14 +93,17 @@ def knn_row(reader: Reader, lm: CausalLM, validation: Proposals, test: Proposals
     text = split_path(work.data(), work.partition)
     keys = knn_lm.read_keys(extracted / f"{work.partition}.h5", text, manifest, reader.tokenizer, work.folder)
 
-    def positions(split: Split) -> Any:
-        return gathered(read_positions(lm, split.plan, reader.args.batch_size))
-
-    choice = knn_lm.tune(keys, positions(reader.validation), validation.log_probs, lm.device)
-    of_tokens = knn_lm.log_probs(keys, positions(reader.test), test.log_probs, choice, lm.device)
+    batch_size = reader.args.batch_size
+    plan = reader.validation.plan
+    windows = np.unique(np.linspace(0, plan.n_windows - 1, reader.args.knn_tuning_windows).round().astype(int))
+    part = replace(plan, starts=plan.starts[windows], lengths=plan.lengths[windows])
+    of_part = np.concatenate([validation.log_probs[validation.windows()[window]] for window in windows.tolist()])
+    choice = knn_lm.tune(keys, gathered(read_positions(lm, part, batch_size)), of_part, lm.device)
+    positions = gathered(read_positions(lm, reader.test.plan, batch_size))
+    of_tokens = knn_lm.log_probs(keys, positions, test.log_probs, choice, lm.device)
     log_p = np.array([of_tokens[part].sum() for part in test.windows()])
     words = f"{KNN_LM}, k {choice.n_neighbors}, T {choice.temperature:.3g}, λ {choice.weight:.3g}"
-    about = {"shown": words, "keys": len(keys.kept), "log_p": log_p} | vars(choice)
+    about = {"shown": words, "keys": len(keys.kept), "tuned_on_tokens": len(of_part), "log_p": log_p} | vars(choice)
     return about | compared_figures(log_p, test, reader.test.size)
 
 
