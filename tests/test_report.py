@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from utils.acceptance import Acceptance, AcceptanceMap
 from utils.chunk_lists import ChunkListPaths
 from utils.datastore import open_datastore
-from utils.files import InputError
+from utils.files import InputError, begin_stage, finish_stage, json_list_writer
 from utils.generation import AcceptedChunk, Generation, GenerationStats, Moment, Seen, TokenTexts, Trace, text_pieces
 from utils.models import load_lm
 from utils.report import ReportRun, as_data, write_report
@@ -541,7 +541,29 @@ def load_words() -> list[str]:
     return [f" {word}" for word in (TEXTS[0] + TEXTS[3]).split()] + [".", ",", "\n", "ing", "ed"]
 
 
-def write_large(path: Path, words: list[str], n_texts: int = 200, n_tokens: int = 500) -> None:
+N_WINDOW_TOKENS = 512
+
+
+def window_token(window: int, place: int, n_words: int) -> int:
+    return (window * 31 + place * 7 + window * place % 5) % n_words
+
+
+def write_windows(folder: Path, n_windows: int, n_words: int) -> Path:
+    """A trie folder without tries, with the list of the windows that its chunks would be of."""
+    labels = {"dataset_name": "x", "model_ds": "m", "partition": "train", "tok_prob_threshold": 0.1}
+    lists = ChunkListPaths(folder, *labels.values())  # type: ignore[arg-type]
+    trie_folder = folder / "token_trie_x_DSm_Hm" / "train_0.1"
+    trie_folder.mkdir(parents=True)
+    for path in (lists.manifest, trie_folder / "manifest.json"):
+        finish_stage(path, begin_stage(path, "save_token_trie_info.py", labels, {"windows_fingerprint": "f"}), {})
+    with json_list_writer(lists.token_prob_list) as write:
+        for window in range(n_windows):
+            ids = (window_token(window, place, n_words) for place in range(N_WINDOW_TOKENS))
+            write([["", 0.5, window, place, token_id] for place, token_id in enumerate(ids)])
+    return trie_folder
+
+
+def write_large(path: Path, words: list[str], n_texts: int = 200, n_tokens: int = 500, n_windows: int = 300) -> None:
     """Every step has a proposal, half are accepted, each of a row of its own."""
     rng = np.random.default_rng(0)
     n_words = len(words)
@@ -574,10 +596,15 @@ def write_large(path: Path, words: list[str], n_texts: int = 200, n_tokens: int 
         assert generation.trace is not None
         found = []
         for seen in generation.trace.proposals:
-            i = generation.index * 1000 + seen.row
+            i = generation.index * n_tokens + seen.row
+            window, place = i % n_windows, i // n_windows % (N_WINDOW_TOKENS - 4)
+            entry, *chunk = (window_token(window, place + ahead, n_words) for ahead in range(4))
             rivals = [([i * k % n_words, i % 7], 0.5) for k in (3, 5, 7)]
-            found.append(SeenChunk(seen, i, [i * k % n_words for k in (11, 13, 17)], i % 10_007, i % 509, rivals))
+            found.append(SeenChunk(seen._replace(row=i), entry, chunk, window, place, rivals))
         return SecondReading(np.full(len(generation.token_ids), -1.0), found)
 
-    run = ReportRun(RUN, "large", [], 0.9, "threshold", AcceptanceMap.from_threshold(0.9, 0.999), False, "x", None)
+    trie_folder = write_windows(path.parent, n_windows, n_words)
+    run = ReportRun(
+        RUN, "large", [], 0.9, "threshold", AcceptanceMap.from_threshold(0.9, 0.999), False, "x", trie_folder
+    )
     write_report(path, run, {"runs": {}}, texts(), decode, again)

@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 from utils.acceptance import AcceptanceMap
 from utils.display import figure_rows
 from utils.files import InputError, replacing
-from utils.generation import Decode, Generation, TokenTexts
+from utils.generation import Decode, Generation, Moment, TokenTexts
 from utils.results import BASELINE
 from utils.second_reading import SecondReading, SeenChunk
 from utils.sources import Segment, SourceWindow, find_windows, read_windows, segments_around
@@ -303,13 +302,14 @@ def _steps(generation: Generation) -> dict[str, list[int]] | None:
     """Of the prompt's pass and each step after it: tokens, microseconds in the LM, retrieval and the rest, draft nodes."""
     if generation.trace is None or not generation.trace.moments:
         return None
-    moments = generation.trace.moments
-    start = moments[0]._replace(n_tokens=len(generation.prompt_ids), lm_seconds=0, retrieval_seconds=0, rest_seconds=0)
-    steps = [[b - a for a, b in zip(before, after, strict=True)] for before, after in pairwise([start, *moments])]
-    tokens, lm, retrieval, rest, drafted = zip(*steps, strict=True)
-    microseconds = {"lm": lm, "retrieval": retrieval, "rest": rest}
-    columns = {key: [round(seconds * 1e6) for seconds in column] for key, column in microseconds.items()}
-    return {"tokens": list(tokens)} | columns | ({"drafted": list(drafted)} if any(drafted) else {})
+    start = Moment(len(generation.prompt_ids), 0, 0, 0, 0)
+    steps = np.diff(np.array([start, *generation.trace.moments], dtype=np.float64), axis=0)  # (S, 5)
+    steps[:, 1:4] *= 1e6
+    names = ("tokens", "lm", "retrieval", "rest", "drafted")
+    columns = dict(zip(names, np.rint(steps).astype(np.int64).T.tolist(), strict=True))
+    if not any(columns["drafted"]):
+        del columns["drafted"]
+    return columns
 
 
 def _millionths(similarity: float) -> int:
