@@ -46,12 +46,12 @@ def extract_missing(job: Job, plan: WindowPlan, earlier: Earlier, ranks: Ranks) 
         raise InputError(_what_is_missing(job, plan, earlier, to_do))
     if earlier.results and not to_do.any():
         return Outcome(earlier.results | job.mark(plan) if ranks.is_first else {})
-    if not to_do.any() and earlier.hidden_size is not None:
-        found = _share_and_extract(job, plan, [], None, earlier, ranks)
-        return _outcome(job, plan, found, earlier.hidden_size, job.mark(plan) if ranks.is_first else {}, "")
     args, batch_size = job.args, job.arguments["batch_size"]
     if args.shard is not None and batch_size and not _batches_to_do(job, plan, batch_size, to_do):
         return Outcome({})
+    if not to_do.any() and earlier.hidden_size is not None:
+        found = _share_and_extract(job, plan, [], None, earlier, ranks)
+        return _outcome(job, plan, found, earlier.hidden_size, job.mark(plan) if ranks.is_first else {}, "")
     from utils.models import load_lm
 
     device = ranks.device(args.device) if args.device_map is None else args.device

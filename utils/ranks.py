@@ -138,14 +138,22 @@ class Ranks:
         return bytes(self._store.get(name))
 
     def _leave(self) -> None:
-        """Say that nothing more will be asked; the first, which may hold the store, waits a while for all to say so."""
+        """Say that nothing more will be asked, and wait a while where others still have to notice something.
+
+        All are to notice a failure by themselves, before a launcher ends them; and the first, which may hold the store,
+        goes last.
+        """
         assert self._store is not None
-        n_left = self._store.add("left", 1)
         until = time.monotonic() + FAREWELL_S
         has_failed = self._store.check(["failed"])
-        while (self.is_first or has_failed) and n_left < self.n_ranks and time.monotonic() < until:
+        self._store.add("left", 1)
+        while has_failed and self._store.add("left", 0) < self.n_ranks and time.monotonic() < until:
             time.sleep(POLL_S)
-            n_left = self._store.add("left", 0)
+        if not self.is_first:
+            self._store.add("gone", 1)
+            return
+        while self._store.add("gone", 0) < self.n_ranks - 1 and time.monotonic() < until:
+            time.sleep(POLL_S)
 
 
 def join_ranks() -> Ranks:
