@@ -63,7 +63,7 @@ def test_nothing_accepted_is_the_base_lm_to_the_last_digit():
     assert got[0].tolist() == pytest.approx([proposals.log_probs[part].sum() for part in proposals.windows()], abs=1e-9)
 
 
-def test_probabilities_of_all_continuations_add_up_to_one():
+def test_probabilities_of_all_continuations_are_those_enumerated_and_add_up_to_one():
     """A vocabulary of 3, texts of 5 tokens, a chunk for every token, a map of its own for each."""
     rng = np.random.default_rng(1)
     p, q = rng.dirichlet(np.ones(3), size=3), rng.uniform(0.1, 0.9, 3)
@@ -79,7 +79,11 @@ def test_probabilities_of_all_continuations_add_up_to_one():
             np.array([len(chunk) for chunk in cut]),
             np.array([len(chunk) * (text[i : i + len(chunk)] == chunk) for i, chunk in enumerate(cut)]),
         )
-        total += float(np.exp(log_likelihoods(proposals, q[None, list(entries)])[0, 0]))
+        of_entries = q[list(entries)]
+        got = float(log_likelihoods(proposals, of_entries[None])[0, 0])
+        columns = (proposals.log_probs, proposals.chunk_lengths, proposals.matches)
+        assert got == pytest.approx(enumerated(*columns, of_entries), abs=1e-12)
+        total += float(np.exp(got))
     assert total == pytest.approx(1.0, abs=1e-12)
 
 
