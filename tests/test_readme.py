@@ -114,6 +114,19 @@ def test_links_lead_to_files(readme: Path) -> None:
     assert not missing
 
 
+def test_messages_that_the_readme_explains_are_ones_that_a_script_says() -> None:
+    readme = READMES[0].read_text(encoding="utf-8")
+    table = readme.split("## Troubleshooting\n")[1].split("\n## ")[0]
+    messages = [
+        message for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for message in re.findall(r"`(.*?)`", row)
+    ]
+    assert len(messages) > 10
+    code = "".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *(ROOT / "utils").glob("*.py")])
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # a sentence that goes over two lines
+    unknown = [part.strip() for message in messages for part in message.split("…") if part.strip() not in code]
+    assert not unknown
+
+
 # ---- Flags
 
 
