@@ -46,7 +46,7 @@ def add_flags(parser: Parser) -> None:
         help="in the place of --dataset: a name and stage 1's folder with all three splits; may be repeated",
     )
     parser.add_argument("--tok_prob_threshold", type=share, default=0.3, help="γ of the datastore, in [0, 1)")
-    parser.add_argument("--similarity_threshold", type=cosine, default=0.5, help="θ of the default map")
+    parser.add_argument("--similarity_threshold", type=cosine, default=0.5, help="θ of the map that one knob gives")
     add_windows(parser)
     parser.add_argument("--output", type=Path, help="JSON file of all results")
 

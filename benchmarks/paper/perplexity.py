@@ -3,7 +3,8 @@
 All ways read the same windows of the test split. KCD's chunks are the runs that the large model finds likely in the
 train split; kNN-LM searches the same hidden states of the small model over all of the train split's tokens. What is
 free is chosen on the validation split: the acceptance map by maximum likelihood, the constant q, the tuned θ, and, on
-some of its windows, kNN-LM's k, temperature and λ. Intervals are of 95%, by drawing windows with replacement, the same for all rows.
+some of its windows, kNN-LM's k, temperature and λ. Intervals are of 95%, by drawing windows with replacement, the same
+draws for all rows.
 
 Run     python benchmarks/paper/perplexity.py --output perplexity.json
         python benchmarks/paper/perplexity.py --model_ds gpt2-xl --model_gen gpt2 --text wiki=data/wiki --text law=data/law
