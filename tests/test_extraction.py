@@ -25,7 +25,7 @@ from utils.token_probs import STAGE, read_token_probs, token_probs_path, windows
 from utils.windows import WindowShape
 
 SHAPE = {"chunk_size": 24, "stride": 18, "min_length": 10}
-ALL_FILES = {".h5", "_index_to_seqlen.json", "_index_to_acc_index.json", "_manifest.json"}
+ALL_FILES = {".h5", "_index_to_seqlen.json", "_index_to_acc_index.json", "_manifest.json", "_checksums.txt"}
 
 
 @pytest.fixture(autouse=True)
@@ -452,7 +452,7 @@ def test_intermediates_are_discarded_and_stay_so(stage: Stage, tmp_path: Path, m
     kept = {name: content for name, content in contents(full.output_dir).items() if not name.endswith(".npy")}
     found = contents(stage.output_dir)
     assert found.keys() == kept.keys()
-    assert {name for name in found if found[name] != kept[name]} == {"train_manifest.json"}
+    assert {name for name in found if found[name] != kept[name]} == {"train_manifest.json", "train_checksums.txt"}
     assert stage.manifest["results"]["outputs"] == ["token_probs", "memmap"]
 
     monkeypatch.setattr("utils.models.load_lm", None)
