@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import Spread, hardware, table, write_json
 from utils.acceptance import Acceptance
 from utils.cli import Parser, positive_int, run_script
-from utils.datastore import Datastore, TokenTrie, unit_rows
+from utils.datastore import Datastore, TokenTrie
+from utils.flattening import unit_rows
 from utils.models import CausalLM, pick_device
 from utils.perplexity import Positions, TextSize, cdlm_figures, look_up, setting_probabilities
 from utils.progress import ProgressBar

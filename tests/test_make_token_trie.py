@@ -23,6 +23,7 @@ from utils import context_vectors
 from utils.files import InputError, read_json, sole_writer_of_part, write_json
 from utils.hidden_states import DATASET
 from utils.token_trie import datastore_token_ids, read_context_vectors, read_trie_rows
+from utils.workers import n_workers_for
 
 SCRIPT = "make_token_trie.py"
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +126,8 @@ def test_the_flags_of_the_readme_are_enough_and_the_default_is_32_workers(corpus
 def test_no_more_processes_than_cores_or_work(corpus: Corpus, bare: Path) -> None:
     source = context_vectors.HiddenStates(Path(), np.array([1]), np.array([0]), 6, np.dtype("float32"))
     folder = bare / FOLDER
-    assert context_vectors.n_cores() <= (os.cpu_count() or 1)
+    assert n_workers_for(1) == 1
+    assert n_workers_for(10**6) <= (os.cpu_count() or 1)
     for n_workers in (1, 2, 32):
         batches = context_vectors._batches(folder, range(N_IDS), source, n_workers)
         assert sorted(token for batch in batches for token in batch) == list(range(N_IDS))

@@ -6,26 +6,25 @@ load numpy and h5py, never torch.
 """
 
 import logging
-import os
-import signal
-import threading
+import mmap
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
-from utils.files import InputError, Manifest, n_cores
+from utils.files import InputError, Manifest
 from utils.hidden_states import map_all_hidden_states, read_index_map
 from utils.token_trie import positions_path, read_trie_positions, write_context_vectors
+from utils.workers import in_processes, n_workers_for
 
 LOGGER = logging.getLogger(__name__)
-# Bytes of context vectors that a worker holds at a time (twice, while it puts them in order).
+# Bytes of context vectors that a worker holds at a time .
 BLOCK_BYTES = 1 << 26
+# Bytes that are copied at a time on the way there.
+PIECE_BYTES = 1 << 18
 # The least that a row takes in tok_pos_{id}.json, "[0, 0], ".
 POSITION_BYTES = 8
 # Batches per worker: enough that all end at about the same time.
@@ -85,9 +84,12 @@ class Gatherer:
 
     def __init__(self, folder: Path, hidden_states: HiddenStates) -> None:
         self._folder, self._hidden_states = folder, hidden_states
-        self._all = map_all_hidden_states(hidden_states.path)
+        mapped = map_all_hidden_states(hidden_states.path)
+        assert isinstance(mapped.base, mmap.mmap)
+        self._mapped: mmap.mmap = mapped.base
+        self._all: np.ndarray = np.asarray(mapped)
 
-    def write(self, entry_token_ids: Sequence[int]) -> int:
+    def __call__(self, entry_token_ids: Sequence[int]) -> int:
         """Write the `.h5` of these entry tokens; returns how many.
 
         Raises InputError where a row's position is not in the text, or its hidden state is NaN or infinite.
@@ -127,16 +129,24 @@ class Gatherer:
         return lambda a, b: vectors[a:b]
 
     def _gather(self, rows: np.ndarray) -> np.ndarray:
-        """(N, D) in the order of rows (N,), read in the order of the file."""
+        """(N, D) in the order of rows (N,), read in the order of the file, a piece at a time that caches hold."""
         order = np.argsort(rows)
         vectors = np.empty((len(rows), self._hidden_states.hidden_size), self._hidden_states.dtype)
-        vectors[order] = self._all[rows[order]]
-        if not np.isfinite(vectors).all():
-            row = int(rows[np.argmin(np.isfinite(vectors).all(axis=1))])
-            window = int(np.searchsorted(self._hidden_states.first_rows, row, side="right")) - 1
-            place = f"position {row - self._hidden_states.first_rows[window]} of window {window}"
-            raise InputError(f"{self._hidden_states.path}: holds NaN or infinity at {place}; run stage 2 again")
+        n_piece = max(self._hidden_states.block_rows * PIECE_BYTES // BLOCK_BYTES, 1)
+        for first in range(0, len(rows), n_piece):
+            piece = order[first : first + n_piece]
+            read = self._all[rows[piece]]
+            if not np.isfinite(read).all():
+                self._refuse(int(rows[piece[np.argmin(np.isfinite(read).all(axis=1))]]))
+            vectors[piece] = read
+        # Pages read would count as this process's memory; the system still keeps them while it has room.
+        self._mapped.madvise(mmap.MADV_DONTNEED)
         return vectors
+
+    def _refuse(self, row: int) -> NoReturn:
+        window = int(np.searchsorted(self._hidden_states.first_rows, row, side="right")) - 1
+        place = f"position {row - self._hidden_states.first_rows[window]} of window {window}"
+        raise InputError(f"{self._hidden_states.path}: holds NaN or infinity at {place}; run stage 2 again")
 
 
 def _take_from(take: Callable[[int, int], np.ndarray], first: int, a: int, b: int) -> np.ndarray:
@@ -153,28 +163,10 @@ def write_all_context_vectors(
 
     Yields, as batches end, how many were written. An error of a worker is raised here.
     """
-    n_workers = min(max_workers, n_cores())
+    n_workers = n_workers_for(max_workers)
     batches = _batches(folder, entry_token_ids, hidden_states, n_workers)
-    n_workers = min(n_workers, len(batches))
-    LOGGER.debug("%s tries in %s batches, %s processes", len(entry_token_ids), len(batches), max(n_workers, 1))
-    if n_workers <= 1:
-        gatherer = Gatherer(folder, hidden_states) if batches else None
-        for batch in batches:
-            assert gatherer is not None
-            yield gatherer.write(batch)
-        return
-    # Not forked from this process: it may have threads.
-    context = get_context("forkserver")
-    with ProcessPoolExecutor(n_workers, context, _start_worker, (folder, hidden_states)) as pool:
-        try:
-            futures: list[Future[int]] = [pool.submit(_write_batch, batch) for batch in batches]
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool as error:
-            message = f"{folder}: a worker process was ended from outside, for lack of memory perhaps"
-            raise InputError(f"{message}; run again with fewer --max_workers") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    LOGGER.debug("%s tries in %s batches, at most %s processes", len(entry_token_ids), len(batches), n_workers)
+    yield from in_processes(partial(Gatherer, folder, hidden_states), batches, n_workers, where=str(folder))
 
 
 def _batches(
@@ -192,26 +184,3 @@ def _batches(
         batches[-1].append(token)
         n_in_last += n_rows[token]
     return batches
-
-
-_gatherer: Gatherer | None = None  # of a worker process
-
-
-def _start_worker(folder: Path, hidden_states: HiddenStates) -> None:
-    global _gatherer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _gatherer = Gatherer(folder, hidden_states)
-
-
-def _end_with_parent() -> None:
-    # A worker that outlived its killed parent would write beside the run that goes on.
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _write_batch(entry_token_ids: list[int]) -> int:
-    assert _gatherer is not None
-    return _gatherer.write(entry_token_ids)

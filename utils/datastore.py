@@ -3,24 +3,20 @@
     {trie folder}/individual_flattened_tries/{id}.pkl    a dict of arrays, pickle protocol 5
     {trie folder}/individual_flattened_tries/manifest.json
 
-Rows are prefix-sorted over all depths (a chunk before those it is a prefix of), equal chunks by window and position.
-Context vectors are float32 of length 1. Pickles are read by an unpickler that knows arrays and nothing else.
+What the pickles hold says `utils/flattening.py`.
 """
 
 import logging
-import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from utils.checksums import list_files, require_as_written
-from utils.chunks import sort_chunks
 from utils.files import (
     InputError,
     Manifest,
@@ -31,21 +27,17 @@ from utils.files import (
     read_finished,
     read_manifest,
     remove_folder,
-    replacing,
-    require_file,
     sole_writer,
 )
+from utils.flattening import flattened_arrays, pickle_path, read_arrays, write_flattened
 from utils.progress import ProgressBar
 from utils.search import VectorIndex
 from utils.token_trie import (
     HIDDEN_STATES_MANIFEST,
     HIDDEN_STATES_STAGE,
     MANIFEST,
-    TrieRows,
     datastore_token_ids,
     positions_path,
-    read_context_vectors,
-    read_trie_rows,
     trie_path,
     vectors_path,
 )
@@ -54,7 +46,6 @@ from utils.token_trie import STAGE as TRIE_STAGE
 LOGGER = logging.getLogger(__name__)
 FOLDER = "individual_flattened_tries"
 STAGE = "eval.py"
-SAFE_GLOBALS = {("numpy", "dtype"), ("numpy._core.numeric", "_frombuffer")}
 
 
 @dataclass(frozen=True)
@@ -174,7 +165,7 @@ def open_datastore(
     InputError where one is not what was written.
     """
     source = read_finished(trie_folder / HIDDEN_STATES_MANIFEST, "make_token_trie.py")
-    n_rows = _flatten(trie_folder, reprocess, verify)
+    n_rows = _flatten(trie_folder, reprocess, verify, max_bytes)
     kept = {
         token_id: n
         for token_id, n in n_rows.items()
@@ -201,14 +192,14 @@ def require_made_with(trie_folder: Path, model_path: str, tokenizer: str, model:
 # ---- Flattening
 
 
-def _flatten(trie_folder: Path, reprocess: bool, verify: bool) -> dict[int, int]:
+def _flatten(trie_folder: Path, reprocess: bool, verify: bool, max_bytes: int) -> dict[int, int]:
     """Make the pickles that are missing; returns the rows of each entry token's trie."""
     folder, path = trie_folder / FOLDER, trie_folder / FOLDER / MANIFEST
     inputs = {name: file_fingerprint(trie_folder / name) for name in (MANIFEST, HIDDEN_STATES_MANIFEST)}
     is_current = path.exists() and read_manifest(path, STAGE).inputs == inputs
     if is_current and (manifest := read_manifest(path, STAGE)).complete:
         n_rows_by_token = _rows_by_token(path, manifest)
-        pickles = [_pickle_path(folder, token_id) for token_id in n_rows_by_token]
+        pickles = [pickle_path(folder, token_id) for token_id in n_rows_by_token]
         # One that is gone is made again where it may be; one that was changed or cut off has to be deleted first.
         if not reprocess or all(pickle.exists() for pickle in pickles):
             require_as_written(path, manifest, pickles, verify=verify)
@@ -223,11 +214,15 @@ def _flatten(trie_folder: Path, reprocess: bool, verify: bool) -> dict[int, int]
         manifest = begin_stage(make_folder(folder) / MANIFEST, STAGE, {}, inputs)
         token_ids = datastore_token_ids(trie_folder)
         _require_tries_as_written(trie_folder, token_ids, verify)
-        n_rows = {}
-        for token_id in ProgressBar(token_ids, desc="flattening token tries", unit="trie", disable=not token_ids):
-            n_rows[str(token_id)] = _flatten_trie(trie_folder, folder, token_id)
-        files = list_files(path, [_pickle_path(folder, token_id) for token_id in token_ids])
-        finish_stage(path, manifest, {"rows": n_rows}, files)
+        n_rows: dict[int, int] = {}
+        with ProgressBar(
+            total=len(token_ids), desc="flattening token tries", unit="trie", disable=not token_ids
+        ) as bar:
+            for written in write_flattened(trie_folder, folder, token_ids, max_bytes):
+                n_rows |= written
+                bar.update(len(written))
+        files = list_files(path, [pickle_path(folder, token_id) for token_id in token_ids])
+        finish_stage(path, manifest, {"rows": {str(token_id): n_rows[token_id] for token_id in token_ids}}, files)
         return _rows_by_token(path, manifest)
 
 
@@ -241,10 +236,6 @@ def _require_tries_as_written(trie_folder: Path, token_ids: list[int], verify: b
         require_as_written(trie_folder / name, manifest, files, verify=verify)
 
 
-def _pickle_path(folder: Path, token_id: int) -> Path:
-    return folder / f"{token_id}.pkl"
-
-
 def _rows_by_token(path: Path, manifest: Manifest) -> dict[int, int]:
     try:
         return {int(token_id): int(n) for token_id, n in manifest.results["rows"].items()}
@@ -252,69 +243,13 @@ def _rows_by_token(path: Path, manifest: Manifest) -> dict[int, int]:
         raise InputError(f"{path}: is damaged; delete {path.parent} and run eval.py again") from error
 
 
-def _flatten_trie(trie_folder: Path, folder: Path, token_id: int) -> int:
-    """Write one trie's pickle, unless it is there whole; returns its rows."""
-    path = _pickle_path(folder, token_id)
-    if path.exists():
-        return len(_read_arrays(path)["windows"])
-    arrays = _flattened_arrays(trie_folder, token_id)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        pickle.dump(arrays, file, protocol=5)
-    return len(arrays["windows"])
-
-
 def flattened_trie(trie_folder: Path, token_id: int) -> TokenTrie:
     """One token trie from the files of stages 3 and 4, without a pickle; raises InputError where they are damaged."""
-    arrays = _flattened_arrays(trie_folder, token_id)
+    arrays = flattened_arrays(trie_folder, token_id)
     return TokenTrie(token_id, torch.from_numpy(arrays.pop("context_vectors")), **arrays)
 
 
-def _flattened_arrays(trie_folder: Path, token_id: int) -> dict[str, np.ndarray]:
-    rows = read_trie_rows(trie_folder, token_id)
-    order = prefix_order(rows)
-    chunk_ids, chunk_offsets = _take(rows, order)
-    return {
-        "context_vectors": unit_rows(read_context_vectors(trie_folder, token_id, rows)[order]),
-        "chunk_ids": chunk_ids.astype(np.int32),
-        "chunk_offsets": chunk_offsets.astype(np.int64),
-        "windows": rows.windows[order].astype(np.int64),
-        "positions": rows.positions[order].astype(np.int32),
-    }
-
-
-def prefix_order(rows: TrieRows) -> np.ndarray:
-    """(N,) int64: the rows by chunk ids, a chunk before those it is a prefix of, then by window and position."""
-    by_place = np.lexsort((rows.positions, rows.windows))
-    ids, offsets = _take(rows, by_place)
-    return by_place[sort_chunks(ids, offsets)]
-
-
-def _take(rows: TrieRows, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The chunks of the rows in another order: all token ids, and where each chunk begins and the last ends."""
-    lengths = np.diff(rows.chunk_offsets)[order]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    # A token of the new flat array comes from its row's old start plus its place in the row.
-    source = np.repeat(rows.chunk_offsets[:-1][order] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return rows.chunk_ids[source], offsets
-
-
-def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """(N, D) float32 rows of length 1; a row of zeros stays one, similar to nothing."""
-    exact = vectors.astype(np.float64)
-    norms = np.linalg.norm(exact, axis=1, keepdims=True)
-    return (exact / np.where(norms == 0, 1, norms)).astype(np.float32)
-
-
-# ---- Pickles
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays of numbers; any other object in the file is refused before it is made."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in SAFE_GLOBALS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
+# ---- Reading
 
 
 def read_flattened(folder: Path, entry_token_id: int, hidden_size: int, device: torch.device) -> TokenTrie:
@@ -322,31 +257,11 @@ def read_flattened(folder: Path, entry_token_id: int, hidden_size: int, device: 
 
     Raises InputError, which names the file, where it is missing, cut off, not arrays alone or not a trie's arrays.
     """
-    path = _pickle_path(folder, entry_token_id)
-    arrays = _read_arrays(path)
+    path = pickle_path(folder, entry_token_id)
+    arrays = read_arrays(path)
     _require_sound(path, arrays, hidden_size)
     vectors = torch.from_numpy(arrays.pop("context_vectors")).to(device)
     return TokenTrie(entry_token_id, vectors, **arrays)
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    require_file(path, "flattening makes; leave out --no_reprocessing once")
-    try:
-        with open(path, "rb") as file:
-            arrays = _ArrayUnpickler(file).load()
-    except Exception as error:
-        # A damaged pickle can end in any exception of the objects it names, of which only arrays are allowed.
-        raise InputError(
-            f"{path}: is no pickle of arrays ({error}); delete {path.parent} and run eval.py again"
-        ) from error
-    names = {"context_vectors", "chunk_ids", "chunk_offsets", "windows", "positions"}
-    if not isinstance(arrays, dict) or set(arrays) != names or not all(_is_numbers(a) for a in arrays.values()):
-        raise InputError(f"{path}: does not hold a trie's arrays; delete {path.parent} and run eval.py again")
-    return arrays
-
-
-def _is_numbers(array: Any) -> bool:
-    return isinstance(array, np.ndarray) and array.dtype.kind in "if"
 
 
 def _require_sound(path: Path, arrays: dict[str, np.ndarray], hidden_size: int) -> None:

@@ -9,15 +9,17 @@
 Depths ascend; within a depth rows are prefix-sorted, equal ones by window and position.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import h5py
 import numpy as np
@@ -44,6 +46,10 @@ BYTES_OF_PARENT, BYTES_OF_WORKER, MEMORY_PER_UNIT_BYTE = 500_000_000, 150_000_00
 UNITS_PER_WORKER = 4
 # Bytes of an HDF5 superblock of version 0, and where it says at which byte the file ends.
 SUPERBLOCK_BYTES, END_OF_FILE_AT = 48, 40
+# Smaller files are parsed faster as JSON.
+LARGE_JSON_BYTES = 1 << 14
+DIGITS, BRACKETS_TO_SPACES = b"0123456789", bytes.maketrans(b"[],", b"   ")
+_DEPTH_LINE = re.compile(rb'"(\d{1,9})": \[\[([0-9, \[\]]*)\]\],?')
 _TRIE_NAME = re.compile(r"(0|[1-9]\d{0,9})\.json")
 
 
@@ -360,9 +366,12 @@ def read_trie_positions(folder: Path, entry_token_id: int) -> tuple[np.ndarray, 
 
 def _read_by_depth(path: Path, n_columns: int | None) -> dict[int, np.ndarray]:
     """(n, n_columns) int64 by depth; n_columns None: as many as the depth."""
-    fields = read_json(path)
+    require_file(path, f"{STAGE} writes")
+    # As this room writes it, a large file is read ten times faster than by way of Python's lists; else as any JSON.
+    is_large = path.stat().st_size > LARGE_JSON_BYTES
+    tables = _parse_own_json(path.read_bytes(), n_columns) if is_large else {}
     try:
-        tables = {int(depth): np.array(table) for depth, table in fields.items()}
+        tables = tables or {int(depth): np.array(table) for depth, table in read_json(path).items()}
         is_sound = bool(tables) and list(tables) == sorted(tables) and min(tables) >= 2
         for depth, table in tables.items():
             is_sound &= table.dtype == np.int64 and table.ndim == 2 and table.shape[1] == (n_columns or depth)
@@ -372,6 +381,29 @@ def _read_by_depth(path: Path, n_columns: int | None) -> dict[int, np.ndarray]:
     if not is_sound:
         columns = f"{n_columns} numbers" if n_columns else "depth token ids"
         raise InputError(f"{path}: is no map of depths to rows of {columns}; delete it and run {STAGE} again")
+    return tables
+
+
+def _parse_own_json(text: bytes, n_columns: int | None) -> dict[int, np.ndarray]:
+    """What `_read_by_depth` gives, or nothing where the text is not just as `_write_trie` leaves it."""
+    tables: dict[int, np.ndarray] = {}
+    first, *lines = text.split(b"\n")
+    if first != b"{" or lines[-2:] != [b"}", b""]:
+        return {}
+    for line in lines[:-2]:
+        match = _DEPTH_LINE.fullmatch(line)
+        if not match:
+            return {}
+        depth, numbers = int(match[1]), match[2]
+        n_rows, n = numbers.count(b"[") + 1, n_columns or depth
+        between = b", " * (n - 1)
+        # Without its digits such a text is the same for all tables of a shape.
+        if numbers.translate(None, DIGITS) != (between + b"], [") * (n_rows - 1) + between:
+            return {}
+        values = np.fromstring(numbers.translate(BRACKETS_TO_SPACES), dtype=np.int64, sep=" ")
+        if len(values) != n_rows * n:
+            return {}
+        tables[depth] = values.reshape(n_rows, n)
     return tables
 
 
@@ -394,13 +426,19 @@ def write_context_vectors(
     with replacing(vectors_path(folder, entry_token_id)) as temporary:
         offsets = _create_h5(temporary, depths, *vector_type)
         # The rows are written past HDF5, whose errors on a full disk leave its file open and surface at exit.
-        with open(temporary, "r+b") as file:
+        with open(temporary, "r+b", buffering=0) as file:
             first = 0
             for offset, n_rows in zip(offsets, depths.values(), strict=True):
                 file.seek(offset)
                 for row in range(first, first + n_rows, n_block):
-                    file.write(take(row, min(row + n_block, first + n_rows)).data)
+                    _write_whole(file, take(row, min(row + n_block, first + n_rows)))
                 first += n_rows
+
+
+def _write_whole(file: FileIO, vectors: np.ndarray) -> None:
+    left = vectors.data.cast("B")
+    while left:
+        left = left[file.write(left) :]
 
 
 def _create_h5(path: Path, depths: dict[int, int], hidden_size: int, dtype: np.dtype) -> list[int]:
@@ -410,41 +448,86 @@ def _create_h5(path: Path, depths: dict[int, int], hidden_size: int, dtype: np.d
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     properties.set_obj_track_times(False)  # the same bytes whenever it is written
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    # The oldest layout: the same bytes with every h5py, and a head that `_is_whole` can read.
+    access.set_libver_bounds(h5py.h5f.LIBVER_EARLIEST, h5py.h5f.LIBVER_LATEST)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     kind, offsets = h5py.h5t.py_create(dtype), []
     try:
-        # The oldest layout: the same bytes with every h5py, and a head that `_is_whole` can read.
-        with h5py.File(path, "w", libver="earliest") as file:
-            group = file.create_group(GROUP).id
+        # h5py's own calls: its files and groups take half as long again for a small trie.
+        file = h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, fapl=access)
+        try:
+            group = h5py.h5g.create(file, GROUP.encode())
             for depth, n_rows in depths.items():
                 space = h5py.h5s.create_simple((n_rows, hidden_size))
                 dataset = h5py.h5d.create(group, str(depth).encode(), kind, space, dcpl=properties)
                 offsets.append(int(dataset.get_offset()))
+        finally:
+            file.close()
     except RuntimeError as error:
         raise OSError(str(error)) from error  # how h5py says at close that the disk is full
     return offsets
 
 
-def read_context_vectors(folder: Path, entry_token_id: int, rows: TrieRows) -> np.ndarray:
-    """The context vectors (N, D) of a trie's rows, in the files' float dtype.
+class ContextVectors:
+    """The context vectors of a trie's rows, in the files' float dtype, mapped into memory: they may be many."""
 
-    Raises InputError where the `.h5` is missing, cut off, not row for row the trie, or holds NaN or infinity.
-    """
-    path = require_file(vectors_path(folder, entry_token_id), f"{HIDDEN_STATES_STAGE} writes")
-    remedy = f"delete it and run {HIDDEN_STATES_STAGE} again"
-    try:
-        with h5py.File(path, "r") as file:
-            tables = {int(depth): dataset[()] for depth, dataset in file[GROUP].items()}
-    except (OSError, KeyError, AttributeError, RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).strip("'\"")
-        raise InputError(f"{path}: is cut off or no .h5 of {HIDDEN_STATES_STAGE} ({reason}); {remedy}") from error
-    if any(not isinstance(t, np.ndarray) or t.ndim != 2 or t.dtype.kind != "f" for t in tables.values()):
-        raise InputError(f"{path}: expected a float matrix per depth; {remedy}")
-    n_rows = {depth: len(tables[depth]) for depth in sorted(tables)}
-    if n_rows != rows.depths:
-        raise InputError(f"{path}: its rows by depth are {n_rows}, those of the trie {rows.depths}; {remedy}")
-    if len({table.shape[1] for table in tables.values()}) != 1:
-        raise InputError(f"{path}: its vectors have different sizes; {remedy}")
-    vectors = np.concatenate([tables[depth] for depth in n_rows])
-    if not np.isfinite(vectors).all():
-        raise InputError(f"{path}: holds NaN or infinity; {remedy}")
-    return vectors
+    def __init__(self, folder: Path, rows: TrieRows) -> None:
+        """Raises InputError where the `.h5` is missing, cut off or not row for row the trie."""
+        self._path = require_file(vectors_path(folder, rows.entry_token_id), f"{HIDDEN_STATES_STAGE} writes")
+        try:
+            tables = _map_tables(self._path)
+        except (OSError, KeyError, AttributeError, RuntimeError, ValueError, TypeError) as error:
+            reason = str(error).strip("'\"")
+            self._refuse(f"is cut off or no .h5 of {HIDDEN_STATES_STAGE} ({reason})", error)
+        if any(table.ndim != 2 or table.dtype.kind != "f" for table in tables.values()):
+            self._refuse("expected a float matrix per depth")
+        n_rows = {depth: len(tables[depth]) for depth in sorted(tables)}
+        if n_rows != rows.depths:
+            self._refuse(f"its rows by depth are {n_rows}, those of the trie {rows.depths}")
+        if len({(table.shape[1], table.dtype) for table in tables.values()}) != 1:
+            self._refuse("its vectors have different sizes")
+        self._tables = [tables[depth] for depth in n_rows]
+        self._firsts = np.cumsum([0, *n_rows.values()])
+
+    def _refuse(self, what: str, error: Exception | None = None) -> NoReturn:
+        raise InputError(f"{self._path}: {what}; delete it and run {HIDDEN_STATES_STAGE} again") from error
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self._firsts[-1]), self._tables[0].shape[1]
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors (n, D) of rows (n,); raises InputError where one holds NaN or infinity."""
+        vectors = np.empty((len(rows), self.shape[1]), self._tables[0].dtype)
+        of_rows = np.searchsorted(self._firsts, rows, side="right") - 1
+        for i in np.unique(of_rows):
+            own = np.flatnonzero(of_rows == i)
+            vectors[own] = self._tables[i][rows[own] - self._firsts[i]]
+        if not np.isfinite(vectors).all():
+            self._refuse("holds NaN or infinity")
+        return vectors
+
+
+def _map_tables(path: Path) -> dict[int, np.ndarray]:
+    """The datasets of an `.h5` by depth."""
+    data = np.asarray(np.memmap(path, np.uint8, "r"))
+    # h5py's own calls again; they close what they opened when it is no longer used.
+    file = h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY)
+    group, tables = h5py.h5g.open(file, GROUP.encode()), {}
+    for name in group:
+        dataset = h5py.h5d.open(group, name)
+        shape, dtype, offset = dataset.shape, dataset.dtype, dataset.get_offset()
+        if offset is None:  # not contiguous, or no rows
+            tables[int(name)] = np.asarray(h5py.Dataset(dataset)[()])
+        else:
+            n_bytes = math.prod(shape) * dtype.itemsize
+            tables[int(name)] = data[offset : offset + n_bytes].view(dtype).reshape(shape)
+    return tables
+
+
+def read_context_vectors(folder: Path, entry_token_id: int, rows: TrieRows) -> np.ndarray:
+    """All context vectors (N, D) of a trie; raises InputError as `ContextVectors` does."""
+    assert rows.entry_token_id == entry_token_id
+    vectors = ContextVectors(folder, rows)
+    return vectors.take(np.arange(vectors.shape[0]))

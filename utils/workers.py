@@ -6,13 +6,16 @@ worker starts in milliseconds and takes few megabytes.
 
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import get_context, parent_process
+from types import ModuleType
 from typing import Any, TypeVar
 
 from utils.files import InputError, n_cores
@@ -48,11 +51,13 @@ def in_processes(
         yield from map(prepare(), tasks)
         return
     # Not forked from this process: it may have threads.
-    with ProcessPoolExecutor(n_workers, get_context("forkserver"), _start_worker, (prepare,)) as pool:
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__, getattr(prepare, "func", prepare).__module__])
+    with ProcessPoolExecutor(n_workers, context, _start_worker, (prepare,)) as pool:
         waiting = iter(tasks)
-        under_way: deque[Future[Result]] = deque(
-            pool.submit(_work_on, task) for task in islice(waiting, TASKS_AHEAD * n_workers)
-        )
+        with _without_main():
+            first = [pool.submit(_work_on, task) for task in islice(waiting, TASKS_AHEAD * n_workers)]
+        under_way: deque[Future[Result]] = deque(first)
         try:
             while under_way:
                 done = under_way[0] if in_order else next(iter(wait(under_way, return_when=FIRST_COMPLETED).done))
@@ -65,6 +70,17 @@ def in_processes(
             raise InputError(f"{message}; run again with fewer --max_workers") from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """While processes start: spare them the imports of the script, of which they need nothing; eval.py's are torch."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 _work: Callable[[Any], Any] | None = None  # of a worker process
