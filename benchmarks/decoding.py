@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import hardware, table, write_json
+from benchmarks.paper.datastores import add_work_folder
 from benchmarks.peers import (
     Generate,
     Make,
@@ -32,7 +33,7 @@ from benchmarks.peers import (
     verify_mode,
 )
 from benchmarks.results import HEADER, Result, differences
-from benchmarks.workloads import ROOT, WORKLOADS, Stores, Workload, load_workload
+from benchmarks.workloads import WORKLOADS, Stores, Workload, load_workload
 from utils.acceptance import Acceptance
 from utils.cli import Parser, draft_size, non_negative_float, non_negative_int, positive_int, run_script
 from utils.decoding import Request
@@ -47,8 +48,7 @@ NO_SUFFIX_DECODING = "SuffixDecoding is left out: arctic-inference is not instal
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--workload", choices=WORKLOADS, default="example", help="model, prompts and datastores")
-    parser.add_argument("--cache", type=Path, default=ROOT / "output" / "benchmarks", help="folder of its datastores")
-    parser.add_argument("--extracted", type=Path, help="stage 2's output for the example (default: made in --cache)")
+    add_work_folder(parser)
     parser.add_argument("--rows", type=positive_int, nargs="+", default=[1000, 10_000, 100_000], help="synthetic tries")
     parser.add_argument("--batch_sizes", type=positive_int, nargs="+", default=[1, 8], help="prompts decoded together")
     parser.add_argument("--temperatures", type=non_negative_float, nargs="+", default=[0.0, 0.8], help="0 is greedy")
@@ -156,9 +156,7 @@ def compare(setting: Setting, peers: list[Peer], args: argparse.Namespace, bar: 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    workload = load_workload(
-        args.workload, args.device, args.dtype, args.n_prompts, args.rows, args.cache, args.extracted
-    )
+    workload = load_workload(args.workload, args.device, args.dtype, args.n_prompts, args.rows, args.work)
     if not SuffixCorpus.is_available():
         print(NO_SUFFIX_DECODING)
     documents = []

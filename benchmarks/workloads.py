@@ -5,8 +5,6 @@ for chunk mode (γ 0.1) and one for drafts (γ 0, chunks of at most 16 tokens). 
 shape of a known model: their text means nothing, so they tell about speed alone.
 """
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +14,14 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.paper.datastores import LARGE, ROOT, Work
 from utils.datastore import Datastore, TokenTrie, open_datastore
 from utils.decoding import Decoding, Request, decode
-from utils.files import InputError, read_finished, read_json, require_folder
+from utils.files import read_finished, read_json
 from utils.models import CausalLM, load_lm, load_tokenizer, pick_device
 from utils.prompts import encode_prompts, read_prompts
 from utils.sampling import Sampler
-from utils.token_trie import find_trie_folder
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE_MODEL = ROOT / "examples" / "models" / "large"
 CHUNK_THRESHOLD, DRAFT_THRESHOLD, DRAFT_CHUNK_LENGTH = 0.1, 0.0, 16
 # θ of chunk mode: that of the example's pipeline; for synthetic tries one that nothing reaches, so that every step
 # searches and no text is skipped.
@@ -58,12 +54,10 @@ class Workload:
     text_is_random: bool
 
 
-def load_workload(
-    name: str, device: str, dtype: str, n_prompts: int, rows: Sequence[int], cache: Path, extracted: Path | None
-) -> Workload:
-    """One of WORKLOADS. cache: folder for the example's datastores; extracted: stage 2's output for it, if it is there."""
+def load_workload(name: str, device: str, dtype: str, n_prompts: int, rows: Sequence[int], folder: Path) -> Workload:
+    """One of WORKLOADS. folder: the work folder of the example's datastores."""
     if name == "example":
-        return _example(device, dtype, n_prompts, cache, extracted)
+        return _example(device, dtype, n_prompts, folder)
     lm = CausalLM(_random_model(name, device, dtype), name)
     n_ids = lm.model.config.vocab_size
     prompts = np.random.default_rng(0).integers(0, n_ids, (n_prompts, PROMPT_TOKENS)).tolist()
@@ -77,51 +71,17 @@ WORKLOADS = ("example", "gpt2-small", "llama-1b")
 # ---- The example
 
 
-def _example(device: str, dtype: str, n_prompts: int, cache: Path, extracted: Path | None) -> Workload:
-    extracted = require_folder(extracted, "stage 2 makes") if extracted is not None else _extract(cache)
-    folders = {threshold: _trie_folder(cache, extracted, threshold) for threshold in (CHUNK_THRESHOLD, DRAFT_THRESHOLD)}
-    lm = load_lm(str(EXAMPLE_MODEL), device, dtype)
+def _example(device: str, dtype: str, n_prompts: int, folder: Path) -> Workload:
+    work = Work(folder, model_flags=("--device", device, "--dtype", dtype))
+    folders = (work.tries(CHUNK_THRESHOLD), work.tries(DRAFT_THRESHOLD, DRAFT_CHUNK_LENGTH))
+    lm = load_lm(LARGE, device, dtype)
     prompts = read_prompts(ROOT / "examples" / "prompts.json")[:n_prompts]
-    encoded = encode_prompts(prompts, load_tokenizer(str(EXAMPLE_MODEL)))
-    opened = {
-        threshold: open_datastore(folder, device=lm.device, max_bytes=2**63) for threshold, folder in folders.items()
-    }
-    for datastore in opened.values():
+    encoded = encode_prompts(prompts, load_tokenizer(LARGE))
+    chunks, drafts = (open_datastore(each, device=lm.device, max_bytes=2**63) for each in folders)
+    for datastore in (chunks, drafts):
         datastore.load_all()
-    stores = Stores(
-        "", opened[CHUNK_THRESHOLD], opened[DRAFT_THRESHOLD], EXAMPLE_SIMILARITY, _passages(extracted / "train")
-    )
+    stores = Stores("", chunks, drafts, EXAMPLE_SIMILARITY, _passages(work.extracted(LARGE) / work.partition))
     return Workload("example", lm, encoded, [stores], False)
-
-
-def _extract(cache: Path) -> Path:
-    _stage("preprocess_dataset.py", "--dataset", "python-docs", "--output_dir", cache / "data")
-    flags = ("--partition", "train", "--save_hidden_states", "--construct_memmap", "--discard_intermediates")
-    where = ("--data_dir", cache / "data", "--output_dir", cache / "extracted")
-    _stage("extract_token_probs_and_memmap.py", "--model_path", EXAMPLE_MODEL, *where, *flags)
-    return cache / "extracted"
-
-
-def _trie_folder(cache: Path, extracted: Path, threshold: float) -> Path:
-    """The token tries of the example's text at a threshold, made where they are not there."""
-    tries, label = cache / f"tries_{threshold}", EXAMPLE_MODEL.name
-    labels = ["--dataset_name", "python-docs", "--model_ds", label, "--model_gen", label]
-    labels += ["--partition", "train", "--tok_prob_threshold", str(threshold)]
-    length = ["--max_chunk_length", str(DRAFT_CHUNK_LENGTH)] if threshold == DRAFT_THRESHOLD else []
-    text = ["--token_prob_dir", extracted / "train", "--output_dir", tries, "--model_name", EXAMPLE_MODEL]
-    _stage("save_token_trie_info.py", *text, *labels, *length)
-    maps = ["--idx_to_seqlen_path", extracted / "train_index_to_seqlen.json"]
-    maps += ["--index_to_acc_index_path", extracted / "train_index_to_acc_index.json"]
-    vectors = ["--all_hidden_states_path", extracted / "train.h5", "--max_workers", 2]
-    _stage("make_token_trie.py", "--save_dir", tries, *labels, *maps, *vectors)
-    return find_trie_folder(tries, "python-docs", label, label, "train", threshold)
-
-
-def _stage(script: str, *flags: Any) -> None:
-    """Run a stage, which has nothing to do where it was run before; its results are no results of the benchmark."""
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
-        raise InputError(f"{script} failed, see above; the command was {' '.join(command)}")
 
 
 def _passages(folder: Path) -> list[list[int]]:

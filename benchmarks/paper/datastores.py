@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -25,8 +26,12 @@ PREPROCESS, EXTRACT = "preprocess_dataset.py", "extract_token_probs_and_memmap.p
 SAVE_TRIES, MAKE_TRIES = "save_token_trie_info.py", "make_token_trie.py"
 
 
+@cache
 def run_script(script: str, *flags: object) -> None:
-    """Run a script of the repository; what it prints is not the benchmark's. Raises InputError where it fails."""
+    """Run a script of the repository, once in a process; what it prints is not the benchmark's.
+
+    Raises InputError where it fails.
+    """
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         raise InputError(f"{script} failed, see above; the command was {' '.join(command)}")
@@ -137,10 +142,7 @@ class Work:
 def add_work(parser: Parser, model_ds: str = LARGE, model_gen: str = LARGE) -> None:
     """The flags of a work folder; the models are the example's where none are given."""
     work = parser.add_argument_group("text, models and datastore")
-    here = "output/benchmarks"
-    work.add_argument(
-        "--work", type=Path, default=ROOT / here, help=f"folder of data and datastores, kept (default: {here})"
-    )
+    add_work_folder(work)
     work.add_argument("--dataset", help="of preprocess_dataset.py (default: python-docs; local with --input_files)")
     work.add_argument("--input_files", type=Path, nargs="+", metavar="PATH", help="your text: files or folders of them")
     work.add_argument("--text_column", metavar="NAME", help="column that holds the text (default: text)")
@@ -155,6 +157,13 @@ def add_work(parser: Parser, model_ds: str = LARGE, model_gen: str = LARGE) -> N
     work.add_argument("--device", default="auto", help="torch device; auto: CUDA if there is one")
     work.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="weights'")
     add_cache_dir(parser)
+
+
+def add_work_folder(parser: "argparse._ActionsContainer") -> None:
+    here = "output/benchmarks"
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / here, help=f"folder of data and datastores, kept (default: {here})"
+    )
 
 
 def work_of(args: argparse.Namespace) -> Work:

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from benchmarks.common import table, write_json
-from benchmarks.paper.datastores import LARGE, ROOT
+from benchmarks.paper.datastores import LARGE, add_work_folder
 from benchmarks.paper.datastores import run_script as run_example
 from benchmarks.paper.generating import OverSeeds, add_seeds, cells, figures_over_seeds, require_seeds
 from utils.cli import Parser, add_model, non_negative_float, positive_int, run_script
@@ -32,8 +32,7 @@ Shares = dict[tuple[str, str], dict[str, float]]
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_model(parser, default="examples/models/large")
-    here = "output/benchmarks"
-    parser.add_argument("--work", type=Path, default=ROOT / here, help=f"folder of datastores, kept (default: {here})")
+    add_work_folder(parser)
     parser.add_argument(
         "--directory", type=Path, help="your facts, as examples/staff_directory.json (default: invented)"
     )
