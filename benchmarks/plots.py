@@ -8,6 +8,7 @@ Run     python benchmarks/plots.py perplexity.json retrieval.json --output_dir b
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,9 @@ STYLE: Any = {
     "lines.markersize": 5,
 }
 WIDTH, HEIGHT = 4.2, 3.0  # inches, of one panel
+
+# A row of the table of efficiency, as it is named there.
+SETTING = re.compile(r"γ (\S+), θ (\S+)")
 
 Point = tuple[float, float, float, float]  # place, value, lower, upper
 
@@ -107,7 +111,7 @@ def drawing_of(path: Path, document: Any) -> Callable[[Any], "Figure"]:
         ({"base", "cdlm"}, document, draw_perplexity),
         ({"runs"}, document, draw_summary),
         ({"gammas", "thetas"}, results, draw_sensitivity),
-        ({"rows", "similarity_quantiles"}, results, draw_efficiency),
+        ({"rows", "datastore_rows"}, results, draw_efficiency),
         ({"cases", "copy_bytes_per_second"}, results, draw_retrieval),
     ):
         if isinstance(where, dict) and needed <= where.keys():
@@ -216,28 +220,32 @@ def draw_summary(document: Mapping[str, Any]) -> "Figure":
 
 
 def draw_efficiency(document: Mapping[str, Any]) -> "Figure":
-    """FPS, TTS and what becomes of the text against θ, mean over seeds with 95% intervals."""
+    """FPS, TTS and how like the baseline the text is against θ, for each γ; mean over seeds with 95% intervals."""
     rows = document["results"]["rows"]
-    by_theta = {float(name.removeprefix("θ ")): row for name, row in rows.items() if name.startswith("θ ")}
-    figure, (saved, text) = panels(2)
-
-    def points(key: str, scale: float = 1.0) -> list[Point]:
-        return [
-            (theta, *(scale * row[key][end] for end in ("value", "lower", "upper"))) for theta, row in by_theta.items()
-        ]
-
-    curve(saved, points("fps", 100), "forward passes (FPS)", BLUE)
-    curve(saved, points("tts", 100), "time per token (TTS)", ORANGE)
-    level(saved, 0.0, "LM alone", INK)
-    saved.set_ylabel("saved (%)")
-    saved.set_title("chunks of the model's own answers")
-    saved.legend()
-    curve(text, points("perplexity"), "with chunks", BLUE)
-    level(text, rows["baseline"]["perplexity"]["value"], "LM alone", INK)
-    text.set_ylabel("perplexity of the text")
-    text.legend()
-    for axes in (saved, text):
-        axes.set_xlabel("θ (cosine similarity)")
+    by_gamma: dict[str, dict[float, Any]] = {}
+    for name, row in rows.items():
+        if setting := SETTING.fullmatch(name):
+            by_gamma.setdefault(setting[1], {})[float(setting[2])] = row
+    figure, axes = panels(3, width=3.4)
+    columns = (
+        ("fps", 100.0, "forward passes saved (%)"),
+        ("tts", 100.0, "time per token saved (%)"),
+        ("rouge_l", 1.0, "ROUGE-L with the plain text"),
+    )
+    for panel, (key, scale, label) in zip(axes, columns, strict=True):
+        for (gamma, by_theta), colour in zip(sorted(by_gamma.items()), COLOURS, strict=False):
+            points = [
+                (theta, *(scale * row[key][end] for end in ("value", "lower", "upper")))
+                for theta, row in by_theta.items()
+            ]
+            curve(panel, points, f"chunks at γ = {gamma}", colour)
+        if key == "rouge_l":
+            level(panel, rows["baseline, next seed"][key]["value"], "", INK)
+        else:
+            level(panel, 0.0, "LM alone (right: another seed)", INK)
+        panel.set_title(label)
+        panel.set_xlabel("θ")
+    legend_below(figure, axes[0])
     return figure
 
 
