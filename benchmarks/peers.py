@@ -237,6 +237,9 @@ class SuffixDrafter:
         self._n_read: dict[int, int] = {}
         corpus.forget_responses()
 
+    def hint(self, token_ids: list[int]) -> float:
+        return 0.0  # it has none: its searches are judged all alike
+
     def draft(self, key: int, token_ids: list[int], hidden_state: torch.Tensor, max_depth: int) -> DraftTree:
         self._add(key, token_ids[self._n_added[key] :])
         if max_depth < 1:

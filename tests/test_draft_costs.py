@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from utils.draft_costs import ASK_EVERY, N_FIRST, WHOLE_EVERY, DraftCosts
+from utils.draft_costs import LONGEST_WAIT, N_FIRST, WHOLE_EVERY, DraftCosts
 from utils.drafting import DraftTree
 
 # A branch of which the LM accepts all, and one of which it accepts nothing.
@@ -12,12 +12,12 @@ BRANCH = [0, 2, 3, 4]
 
 
 def drafted(
-    costs: DraftCosts, n_steps: int, seconds, accepts: bool, search_seconds: float = 0.0
+    costs: DraftCosts, n_steps: int, seconds, accepts: bool, search_seconds: float = 0.0, hint: float = 0.5
 ) -> list[DraftTree | None]:
     """What is drafted step by step (None: not looked for), where a pass over n tokens takes seconds(n)."""
     drafts: list[DraftTree | None] = []
     for _ in range(n_steps):
-        asked = costs.asks(1)
+        asked = costs.asks(hint)
         tree = costs.paying_parts([TREE])[0] if asked else DraftTree([], [], [])
         n_tokens = 1 + len(tree.token_ids)
         costs.saw_pass(1, n_tokens, seconds(n_tokens))
@@ -25,7 +25,7 @@ def drafted(
         if tree.token_ids:
             costs.saw_draft(tree, accepted)
         if asked:
-            costs.saw_search(1, n_tokens, len(accepted), search_seconds)
+            costs.saw_search(hint, 1, n_tokens, len(accepted), search_seconds)
         drafts.append(tree if asked else None)
     return drafts
 
@@ -43,10 +43,20 @@ def test_where_each_token_costs_only_the_branch_that_is_accepted_is_verified():
 
 
 def test_where_nothing_is_accepted_drafts_are_given_up_and_looked_for_now_and_then():
-    late = drafted(DraftCosts(), 400, lambda n: 1 + 0.3 * (n - 1), accepts=False, search_seconds=0.1)[200:]
+    late = drafted(DraftCosts(), 1000, lambda n: 1 + 0.3 * (n - 1), accepts=False, search_seconds=0.1)[200:]
     asked = [draft for draft in late if draft is not None]
-    assert len(asked) == pytest.approx(200 / ASK_EVERY, abs=1)
+    assert len(asked) == pytest.approx(800 / LONGEST_WAIT, abs=1)
     assert np.mean([len(draft.token_ids) for draft in asked]) < 1
+
+
+def test_only_where_the_hint_is_that_drafts_pay_they_are_looked_for():
+    costs, n_asked = DraftCosts(), {0.05: 0, 0.5: 0}
+    for _ in range(500):
+        for hint in n_asked:
+            drafts = drafted(costs, 1, lambda n: 1 + 0.1 * (n - 1), accepts=hint > 0.1, search_seconds=0.1, hint=hint)
+            n_asked[hint] += drafts[0] is not None
+    assert n_asked[0.5] > 490
+    assert n_asked[0.05] < 50
 
 
 def test_drafts_come_back_when_they_are_accepted_again():

@@ -78,7 +78,7 @@ class _Sequence:
     unread: list[int] = field(default_factory=list)  # the last tokens, which the LM has not read yet
     has_ended: bool = False
     drawn: int | None = None  # the next token, where it has been drawn already
-    search_seconds: float | None = None  # what the last draft took to find; None: none was looked for
+    search: tuple[float, float] | None = None  # the last draft's hint and seconds; None: none was looked for
     token_uniforms: list[float] = field(init=False)
     acceptance_uniforms: list[float] = field(init=False)
 
@@ -327,23 +327,24 @@ class _Loop:
 
     def _drafts(self) -> list[DraftTree]:
         """A draft for every sequence, as far as it pays."""
-        costs, n_rows = self._decoding.draft_costs, len(self.sequences)
-        if costs is not None and not costs.asks(n_rows):
-            for sequence in self.sequences:
-                sequence.search_seconds = None
-            return [NOTHING] * n_rows
+        costs = self._decoding.draft_costs
         with self._cost.retrieval:
             trees = [self._draft(sequence) for sequence in self.sequences]
             return trees if costs is None else costs.paying_parts(trees)
 
     def _draft(self, sequence: _Sequence) -> DraftTree:
-        drafter, room = self._decoding.drafter, sequence.request.max_new_tokens - sequence.n_new
+        drafter, costs = self._decoding.drafter, self._decoding.draft_costs
         assert drafter is not None
+        hint = drafter.hint(sequence.token_ids) if costs is not None else 1.0
+        if costs is not None and not costs.asks(hint):
+            sequence.search = None
+            return NOTHING
         started = time.perf_counter()
         # A node past the last token could never be accepted.
+        room = sequence.request.max_new_tokens - sequence.n_new
         tree = drafter.draft(sequence.request.index, sequence.token_ids, sequence.hidden_state, room)
         tree = tree if self._rows.takes_trees else tree.heaviest_line()
-        sequence.search_seconds = time.perf_counter() - started
+        sequence.search = hint, time.perf_counter() - started
         return tree
 
     def _verify(self, trees: list[DraftTree]) -> None:
@@ -363,8 +364,9 @@ class _Loop:
             path = self._accept(sequence, block, paths[row])
             if costs is not None and trees[row].token_ids:
                 costs.saw_draft(trees[row], [node - 1 for node in path[1:]])
-            if costs is not None and sequence.search_seconds is not None:
-                costs.saw_search(len(blocks), longest, len(path) - 1, sequence.search_seconds)
+            if costs is not None and sequence.search is not None:
+                hint, seconds = sequence.search
+                costs.saw_search(hint, len(blocks), longest, len(path) - 1, seconds)
             self._rows.commit(row, path)
             sequence.hidden_state = hidden_states[row][path[-1]]
             sequence.drawn = drawn[row] if len(path) == len(paths[row]) else None

@@ -3,7 +3,9 @@
 On a device where a forward pass over a few more tokens takes no longer, whole trees pay; on a CPU they often do not.
 """
 
+from bisect import bisect
 from collections import defaultdict, deque
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,10 +17,21 @@ SHARE_BINS = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92])
 PRIOR_NODES = 4.0
 N_KEPT_TIMES = 15
 # What is never tried is never known to pay: in the first passes every third draft is verified whole, every third in part
-# and every third not at all, and later in one pass of so many whole.
+# and every third not at all, and later in one of so many that there are drafts for whole.
 N_FIRST, WHOLE_EVERY = 18, 48
-# Where searches have cost more than their drafts brought, those before one pass in so many go on. What the last counts.
-ASK_EVERY, LAST_SEARCH = 10, 0.1
+# Searches are judged apart by the drafter's hint, in these bins. Each that leaves a bin's searches costing more than they
+# bring doubles the passes to the next, up to so many. How much the last search counts.
+HINT_BINS = (0.1, 0.2, 0.3, 0.45, 0.6)
+LONGEST_WAIT, LAST_SEARCH = 64, 0.05
+
+
+@dataclass
+class _Searches:
+    """Those of one bin: what they brought on average, in tokens, and the passes from one to the next."""
+
+    gain: float = 0.0
+    wait: int = 1
+    n_passes: int = 0  # since the last
 
 
 class DraftCosts:
@@ -27,7 +40,8 @@ class DraftCosts:
     def __init__(self) -> None:
         self._seconds: dict[int, dict[int, deque[float]]] = defaultdict(lambda: defaultdict(_recent))
         self._n_passes: dict[int, int] = defaultdict(int)  # by the number of rows
-        self._gain = 0.0
+        self._n_drafted = 0  # passes for which there was a draft
+        self._searches = [_Searches() for _ in range(len(HINT_BINS) + 1)]
         n_bins = len(SHARE_BINS) + 1
         self._shares, self._accepted = np.zeros(n_bins), np.zeros(n_bins)
 
@@ -36,19 +50,26 @@ class DraftCosts:
         self._seconds[n_rows][n_tokens].append(seconds)
         self._n_passes[n_rows] += 1
 
-    def asks(self, n_rows: int) -> bool:
-        """Whether to look for drafts: whether the last searches brought more than they took, or some are due again."""
-        return self._gain >= 0 or self._n_passes[n_rows] % ASK_EVERY == 0
+    def asks(self, hint: float) -> bool:
+        """Whether to look for a draft, of which the drafter says what its best first token is likely worth.
 
-    def saw_search(self, n_rows: int, n_tokens: int, n_accepted: int, seconds: float) -> None:
+        True where the last searches of such hints brought more than they took, or one is due again.
+        """
+        searches = self._searches[bisect(HINT_BINS, hint)]
+        searches.n_passes += 1
+        return searches.n_passes >= searches.wait
+
+    def saw_search(self, hint: float, n_rows: int, n_tokens: int, n_accepted: int, seconds: float) -> None:
         """A search of so long came to a pass over n_tokens, of which n_accepted drafted ones were accepted."""
-        timed = self._seconds[n_rows]
+        searches, timed = self._searches[bisect(HINT_BINS, hint)], self._seconds[n_rows]
+        searches.n_passes = 0
         if self._n_passes[n_rows] <= N_FIRST or 1 not in timed or n_tokens not in timed:
             return
         plain, drafted = _median(timed[1]), _median(timed[n_tokens])
         # In tokens. A pass serves all rows, a search one.
         gain = n_accepted + 1 - drafted / plain - seconds * n_rows / plain
-        self._gain += LAST_SEARCH * (gain - self._gain)
+        searches.gain += LAST_SEARCH * (gain - searches.gain)
+        searches.wait = 1 if searches.gain >= 0 else min(2 * searches.wait, LONGEST_WAIT)
 
     def saw_draft(self, tree: DraftTree, accepted: list[int]) -> None:
         """Of the tree's nodes these were accepted, a path. It tells about them and their siblings, which it left."""
@@ -68,7 +89,8 @@ class DraftCosts:
         if not n_nodes or not timed:
             return trees
         n_passes = self._n_passes[len(trees)]
-        if n_passes % WHOLE_EVERY == 0:
+        self._n_drafted += 1
+        if self._n_drafted % WHOLE_EVERY == 0:
             return trees
         chances = [self._chances(tree) for tree in trees]
         # A parent stands before its children and is as likely at least, so any first part of an order is a tree.

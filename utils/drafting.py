@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.datastore import Datastore
+from utils.datastore import Datastore, TokenTrie
 from utils.live_texts import LiveTexts, Places
+from utils.transfers import to_host, upload
 
 # Tokens of texts that are over, which `--live session` keeps: about 256 MB at 1,000 dimensions.
 MAX_SESSION_TOKENS = 65_536
@@ -80,7 +81,14 @@ NOTHING = DraftTree([], [], [])
 
 
 class Drafter(Protocol):
-    """What verified generation asks for drafts. `key` names a sequence as long as it runs."""
+    """What verified generation asks for drafts. `key` names a sequence as long as it runs.
+
+    On CUDA hidden states come on the host, beside the tokens that were drawn there.
+    """
+
+    def hint(self, token_ids: list[int]) -> float:
+        """How likely a draft's best first token may be, in [0, 1], by a look that costs next to nothing."""
+        ...
 
     def draft(self, key: int, token_ids: list[int], hidden_state: Tensor, max_depth: int) -> DraftTree:
         """A tree over token_ids[-1], whose entry token token_ids[-2] has this hidden state (D,); any tree is right."""
@@ -116,12 +124,17 @@ class RetrievalDrafter:
         self._read: dict[int, list[tuple[list[int], Tensor]]] = {}  # what the running texts still lack
         self._session = LiveTexts()
         self._common = lru_cache(COMMON_TOKENS)(self._find_common)
+        self._commonest = lru_cache(COMMON_TOKENS)(self._find_commonest)
+
+    def hint(self, token_ids: list[int]) -> float:
+        """The share of the commonest token after the last one, in the datastore."""
+        return self._commonest(token_ids[-1])
 
     def draft(self, key: int, token_ids: list[int], hidden_state: Tensor, max_depth: int) -> DraftTree:
         depth = min(max_depth, self._settings.max_depth)
         if depth < 1:
             return NOTHING
-        query = torch.nn.functional.normalize(hidden_state.float(), dim=0)
+        (query,) = to_host(torch.nn.functional.normalize(hidden_state.float(), dim=0))
         context = (token_ids[-2], token_ids[-1], query, depth, self._settings.neighbors)
         votes = [self._weighed(self._stored_rows(*context), STORED), self._common_rows(token_ids[-1], depth)]
         text = self._text(key)
@@ -137,7 +150,7 @@ class RetrievalDrafter:
     def observe(self, key: int, token_ids: list[int], hidden_states: Tensor) -> None:
         if self._settings.live != "off":
             # A copy: the next forward pass may write over them.
-            self._read.setdefault(key, []).append((token_ids, hidden_states.clone()))
+            self._read.setdefault(key, []).append((token_ids, to_host(hidden_states)[0].clone()))
 
     def end(self, key: int) -> None:
         if self._settings.live == "session" and (text := self._text(key)) is not None:
@@ -165,9 +178,10 @@ class RetrievalDrafter:
         rows = trie.rows_beginning_with(token_id) if trie is not None else slice(0, 0)
         if trie is None or rows.start == rows.stop:
             return places
-        top = torch.topk(torch.mv(trie.context_vectors[rows], query), min(n_best, rows.stop - rows.start))
-        table = trie.continuations(top.indices.cpu().numpy() + rows.start, depth)
-        similarities = np.concatenate([top.values.cpu().numpy(), places[0]])
+        found = torch.mv(trie.context_vectors[rows], upload(query, trie.context_vectors.device))
+        values, indices = to_host(*torch.topk(found, min(n_best, rows.stop - rows.start)))
+        table = trie.continuations(indices.numpy() + rows.start, depth)
+        similarities = np.concatenate([values.numpy(), places[0]])
         table = np.concatenate([table, places[1]])
         best = np.argsort(-similarities, kind="stable")[:n_best]
         return similarities[best], table[best]
@@ -184,9 +198,7 @@ class RetrievalDrafter:
         trie = self._datastore.trie(token_id) if self._datastore is not None else None
         if trie is None:
             return np.empty((0, self._settings.max_depth), dtype=np.int64), np.empty(0)
-        n_rows = len(trie.windows)
-        # The rows are sorted, so an even spread has every branch in proportion.
-        rows = np.arange(n_rows) if n_rows <= COMMON_ROWS else np.linspace(0, n_rows - 1, COMMON_ROWS).astype(np.int64)
+        rows = _spread_rows(trie)
         chunks = trie.continuations(rows, self._settings.max_depth, first=0)
         tree = vote_tree(chunks, np.ones(len(rows)), COMMON_NODES)
         table = np.full((len(tree.token_ids), self._settings.max_depth), -1, dtype=np.int64)
@@ -197,6 +209,21 @@ class RetrievalDrafter:
                 weights[parent] -= tree.shares[node]
             table[node, depth - 1] = tree.token_ids[node]
         return table, STORED_LAST_TOKEN.weight * weights.clip(min=0)
+
+    def _find_commonest(self, token_id: int) -> float:
+        trie = self._datastore.trie(token_id) if self._datastore is not None else None
+        if trie is None:
+            return 0.0
+        first = trie.continuations(_spread_rows(trie), 1, first=0)[:, 0]
+        # Prefix-sorted rows: equal tokens stand together. One row that is alone tells nothing.
+        ends = np.flatnonzero(np.append(first[1:] != first[:-1], True))
+        return float((np.diff(ends, prepend=-1).max() - 1) / len(first))
+
+
+def _spread_rows(trie: TokenTrie) -> np.ndarray:
+    """All rows of a trie, or COMMON_ROWS spread evenly: the rows are sorted, so every branch is there in proportion."""
+    n_rows = len(trie.windows)
+    return np.arange(n_rows) if n_rows <= COMMON_ROWS else np.linspace(0, n_rows - 1, COMMON_ROWS).astype(np.int64)
 
 
 def vote_tree(table: np.ndarray, weights: np.ndarray, max_tokens: int, decay: np.ndarray | None = None) -> DraftTree:

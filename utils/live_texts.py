@@ -25,7 +25,7 @@ class LiveTexts:
         self._before: dict[int, list[int]] = {}  # the token after the entry token: places
 
     def extend(self, token_ids: list[int], vectors: Tensor) -> None:
-        """Go on with these tokens and their context vectors (n, D), of any length."""
+        """Go on with these tokens and their context vectors (n, D) on the host, of any length."""
         start, end = self.n_tokens, self.n_tokens + len(token_ids)
         self._make_room(end, vectors)
         self._token_ids[start:end] = token_ids
@@ -66,7 +66,7 @@ class LiveTexts:
             at = at[is_known & (self._token_ids[np.where(is_known, at + 2, 0)] != NO_TOKEN)]
         if not len(at):
             return np.empty(0, dtype=np.float32), np.empty((0, depth), dtype=np.int64)
-        similarities = torch.mv(self._vectors[torch.from_numpy(at).to(query.device)], query).cpu().numpy()
+        similarities = torch.mv(self._vectors[torch.from_numpy(at)], query).numpy()
         if len(at) > n_best:
             best = np.argpartition(-similarities, n_best - 1)[:n_best]
             at, similarities = at[best], similarities[best]
@@ -81,7 +81,7 @@ class LiveTexts:
         n_room = max(2 * n_tokens, 256)
         token_ids = np.full(n_room, NO_TOKEN, dtype=np.int64)
         token_ids[: self.n_tokens] = self._token_ids[: self.n_tokens]
-        grown = torch.zeros(n_room, vectors.shape[1], device=vectors.device)
+        grown = torch.zeros(n_room, vectors.shape[1])
         if self.n_tokens:
             grown[: self.n_tokens] = self._vectors[: self.n_tokens]
         self._token_ids, self._vectors = token_ids, grown
