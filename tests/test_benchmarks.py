@@ -1,6 +1,8 @@
 """The benchmarks run, and their numbers are what they say."""
 
+import importlib
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -9,6 +11,28 @@ import torch
 
 from benchmarks import retrieval
 from benchmarks.common import Spread, copy_bandwidth, measure, table
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in ROOT.glob("benchmarks/**/*.py")
+    if "\ndef parse_args(" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_benchmark_has_help_and_takes_the_commands_that_it_says(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        module.parse_args(["--help"])
+    assert module.__doc__.splitlines()[0] in capsys.readouterr().out
+    for line in module.__doc__.splitlines():
+        if line.startswith("Run  "):
+            _, said, flags = line.partition(f"python {name.replace('.', '/')}.py")
+            assert said
+            module.parse_args(shlex.split(flags))
 
 
 def test_a_spread_gives_median_and_quartiles_and_ratios_repeat_by_repeat() -> None:
