@@ -1,7 +1,6 @@
 """The pure parts of the paper's tables of generated text, and where their datastores lie."""
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from benchmarks.paper.datastores import Work, add_work, work_of
 from benchmarks.paper.efficiency import rouge_l, words
 from benchmarks.paper.generating import figures_over_seeds, forward_passes_saved, over_seeds, require_seeds
 from utils.cli import Parser
-from utils.corpora import Passage
 from utils.files import InputError
 from utils.generation import AcceptedChunk, Generation, GenerationStats
 from utils.models import load_lm
@@ -121,23 +119,6 @@ def test_a_work_folder_takes_the_users_text_and_models() -> None:
 def test_models_of_one_name_are_refused_since_folders_are_named_after_them(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="have one name"):
         Work(tmp_path, model_ds="a/gpt2", model_gen="b/gpt2").tries(0.5)
-
-
-def test_passages_that_are_kept_make_a_text_of_their_own_in_one_place(tmp_path: Path) -> None:
-    data = tmp_path / "given"
-    data.mkdir()
-    entries = [{"text": "one"}, {"text": "two", "spans": [[0, 2]]}, {"text": "three"}]
-    (data / "train.json").write_text(json.dumps(entries))
-    work = Work(tmp_path / "work", data_folder=data)
-
-    def is_kept(passage: Passage) -> bool:
-        return passage.text != "one"
-
-    kept = work.of_passages(is_kept)
-    assert json.loads(kept.split("train").read_text()) == entries[1:]
-    assert kept.folder != work.folder
-    assert work.of_passages(is_kept) == kept
-    assert work.of_passages(lambda _: True).folder != kept.folder
 
 
 def test_a_stage_that_fails_is_told_with_its_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

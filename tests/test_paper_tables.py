@@ -11,7 +11,7 @@ from conftest import TEXTS
 from test_decoding import trie
 
 from benchmarks.paper import chunk_length, composition, datastores, knn_lm, perplexity
-from benchmarks.paper.common import mean_interval, ratio
+from benchmarks.paper.common import Reader, mean_interval, ratio, works_of
 from benchmarks.paper.knn_lm import Choice, Keys, best_weight, knn_probabilities, nearest_keys
 from benchmarks.paper.near_duplicates import PartOfDatastore, SharedRuns, runs_of
 from utils.corpora import Passage
@@ -229,6 +229,31 @@ def test_the_table_of_what_the_gain_is_made_of(table_flags, tmp_path, monkeypatc
         assert sum(part["gain"]["fitted map"]["value"] for part in parts) == pytest.approx(total)
     assert found["near_duplicates"]["passages"] == 3
     assert stores["without near-duplicates"]["rows"]["fitted map"]["ratio"] > np.exp(-total / 1000)
+
+
+def test_taking_windows_out_of_a_datastore_is_making_it_without_their_passages(
+    table_flags, tmp_path, monkeypatch, run_stage
+):
+    monkeypatch.setattr(datastores, "run_script", run_stage)
+    args = composition.parse_args([str(flag) for flag in table_flags])
+    (work,) = works_of(args).values()
+    reader = Reader.of(work, args)
+    lm = reader.load(work.model_gen)
+    passages = composition.read_overlaps(reader, 13)
+    is_left_out = np.array([False, True, False, True])
+    part = passages.without(reader.datastore(lm), is_left_out)
+    for split, texts in (("train", [TEXTS[0], TEXTS[2]]), ("validation", TEXTS[:1]), ("test", TEXTS[:1])):
+        (tmp_path / f"{split}.json").write_text(json.dumps([{"text": text} for text in texts]))
+    again = reader.datastore(lm, work.of_text(tmp_path, "other_passages"))
+    found, wanted = (reader.proposals(lm, store, reader.test) for store in (part, again))
+    assert found.similarities == pytest.approx(wanted.similarities, abs=1e-6, nan_ok=True)
+    assert found.chunk_lengths.tolist() == wanted.chunk_lengths.tolist()
+    assert found.agreeing.tolist() == wanted.agreeing.tolist()
+    assert (
+        0
+        < (wanted.chunk_lengths > 0).sum()
+        < (reader.proposals(lm, reader.datastore(lm), reader.test).chunk_lengths > 0).sum()
+    )
 
 
 def test_a_text_without_a_split_is_refused_before_anything_is_read(tmp_path, table_flags):

@@ -7,7 +7,7 @@ A work folder is laid out as run_pipeline.sh lays out its --output_dir, which ma
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 from utils.cli import Parser, add_cache_dir, plain_name, positive_int
-from utils.corpora import Passage, read_passages, split_path
-from utils.files import InputError, file_fingerprint, make_folder, remove_folder, write_json_list
+from utils.corpora import split_path
+from utils.files import InputError
 from utils.token_trie import trie_folder_path
 
 EXAMPLE_DATASET = "python-docs"
@@ -123,20 +123,6 @@ class Work:
     def of_text(self, data_folder: Path, name: str) -> "Work":
         """The same models on the text of another stage 1 folder, in a folder of that name within this one."""
         return replace(self, folder=self.folder / name, data_folder=data_folder)
-
-    def of_passages(self, keep: Callable[[Passage], bool]) -> "Work":
-        """The same models on the passages of the partition that are kept; equal choices share one folder."""
-        kept = [passage for passage in read_passages(self.split(self.partition)) if keep(passage)]
-        new = make_folder(self.folder / "data_of_passages")
-        entries = [{"text": p.text} if p.spans is None else {"text": p.text, "spans": p.spans} for p in kept]
-        write_json_list(split_path(new, self.partition), entries)
-        name = f"passages_{file_fingerprint(split_path(new, self.partition))[:12]}"
-        data = self.folder / name / "data"
-        if not data.exists():
-            make_folder(data.parent)
-            new.rename(data)
-        remove_folder(new)
-        return self.of_text(data, name)
 
 
 def add_work(parser: Parser, model_ds: str = LARGE, model_gen: str = LARGE) -> None:
