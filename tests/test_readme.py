@@ -109,7 +109,7 @@ def test_python_of_the_readme_imports_what_there_is() -> None:
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda readme: str(readme.relative_to(ROOT)))
 def test_links_lead_to_files(readme: Path) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)", readme.read_text(encoding="utf-8"))
+    links = re.findall(r'(?:\]\(|src="|srcset=")([^)#"\s]+)', readme.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (readme.parent / link).exists()]
     assert not missing
 
