@@ -245,8 +245,8 @@ def damaged_npy(array: np.ndarray, damage: str, path: Path) -> None:
         ("other length", r"is float32 \(4, 6\), expected float32 \(5, 6\)"),
         ("other hidden size", r"is float32 \(5, 5\), expected float32 \(5, 6\)"),
         ("other dtype", r"is float64 \(5, 6\), expected float32 \(5, 6\)"),
-        ("integers", "expected a 2-D float array"),
-        ("one row", "expected a 2-D float array"),
+        ("integers", r"is cut off or no \.npy file \(expected a 2-D float array"),
+        ("one row", r"is cut off or no \.npy file \(expected a 2-D float array"),
     ],
 )
 def test_a_damaged_npy_is_named_and_leaves_no_h5(damage: str, message: str, tmp_path: Path) -> None:

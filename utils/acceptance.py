@@ -52,7 +52,7 @@ def read_map(path: Path) -> AcceptanceMap:
         is_map &= bool((np.diff(similarities) > 0).all() and (np.diff(probabilities) >= 0).all())
         is_map &= bool(np.isfinite(similarities).all()) and 0 <= probabilities[0] <= probabilities[-1] < 1
         origin = dict(found["origin"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         is_map = False
     if not is_map:
         raise InputError(f"{path}: is no acceptance map of ascending knots in [0, 1); fit one with --fit_acceptance")

@@ -41,6 +41,16 @@ class ExpertSpans:
     def n_spans(self) -> int:
         return len(np.unique(self.spans))
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether the rows are in order and no token is in two of them."""
+        is_after = (self.windows[1:] > self.windows[:-1]) | (
+            (self.windows[1:] == self.windows[:-1]) & (self.firsts[1:] >= self.ends[:-1])
+        )
+        bounds = (self.windows, self.firsts, self.ends, self.spans)
+        is_small = all(bool(((column >= 0) & (column < 2**31)).all()) for column in bounds)
+        return is_small and bool((self.firsts < self.ends).all() and is_after.all())
+
     def of_tokens(self, first_window: int, window_lengths: np.ndarray) -> np.ndarray:
         """(T,) int64: the span of each token of consecutive windows (W,), one after the other; -1 outside of spans."""
         starts_of_windows = np.cumsum(window_lengths) - window_lengths
@@ -221,5 +231,14 @@ def read_expert_spans(folder: Path, results: dict[str, object]) -> ExpertSpans:
     require_file(path, "extract_token_probs_and_memmap.py writes; run it again, it goes on where it was")
     if file_fingerprint(path) != results[FINGERPRINT]:
         raise InputError(f"{path}: is not what stage 2 wrote; delete it and run stage 2 again")
-    rows = np.array(list(iter_json_list(path)), dtype=np.int64)
-    return ExpertSpans(*rows.T.copy())
+    rows = list(iter_json_list(path))
+    if not all(isinstance(row, list) and len(row) == 4 and all(type(n) is int for n in row) for row in rows):
+        raise InputError(f"{path}: is no list of [window, first, end, span]; delete it and run stage 2 again")
+    try:
+        spans = ExpertSpans(*np.array(rows, dtype=np.int64).reshape(-1, 4).T.copy())
+        is_sound = spans.is_sound
+    except OverflowError:
+        is_sound = False
+    if not is_sound:
+        raise InputError(f"{path}: its spans are not in order, overlap or are none; delete it and run stage 2 again")
+    return spans

@@ -30,6 +30,9 @@ PACKAGES = ("torch", "transformers", "datasets", "h5py", "numpy")
 class InputError(Exception):
     """What the user gave cannot be used: one sentence that says what, where, got, expected and what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # what libraries say may have many lines
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

@@ -10,10 +10,12 @@ Every row's place in the `.h5` is known before it is computed. So rows are writt
 processes, into `{partition}.h5.part`: the `.h5` as it will be, then a byte per window, 1 where its rows are written.
 """
 
+import math
 import os
 import re
 import shutil
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 
 import h5py
@@ -26,7 +28,10 @@ DATASET = "all_hidden_states"
 COPY_BYTES = 1 << 24
 PAGE_BYTES = 4096
 
-_NAME = re.compile(r"hidden_states_(\d+)\.npy")
+_NAME = re.compile(r"hidden_states_(0|[1-9][0-9]*)\.npy")
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([<>]f[248])', 'fortran_order': False, 'shape': \(([0-9]{1,18}), ([0-9]{1,9})\), \} *\n"
+)
 
 
 @dataclass(frozen=True)
@@ -103,12 +108,24 @@ def read_hidden_states(folder: Path, window: int) -> np.ndarray:
     """The (L, D) array of a window; raises InputError where the file is missing, cut off or holds no float array."""
     path = require_file(hidden_states_path(folder, window), "stage 2 writes with --save_hidden_states")
     try:
-        array = np.load(path, allow_pickle=False)
+        return _read_matrix(path)
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f"{path}: is cut off or no .npy file ({error}); delete it and run stage 2 again") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
-        raise InputError(f"{path}: expected a 2-D float array; delete it and run stage 2 again")
-    return array
+
+
+def _read_matrix(path: Path) -> np.ndarray:
+    """The array of a .npy file; raises ValueError before it takes the memory that a damaged header asks for."""
+    # Not np.load, which also reads archives and pickles, and lets errors of Python's tokenizer out.
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        match = _NPY_HEADER.fullmatch(file.read(int.from_bytes(file.read(2), "little")))
+        if version != (1, 0) or not match:
+            raise ValueError("expected a 2-D float array in a version 1.0 header")
+        dtype, shape = np.dtype(match[1].decode()), (int(match[2]), int(match[3]))
+        n_bytes = os.fstat(file.fileno()).st_size - file.tell()
+        if shape[0] * shape[1] * dtype.itemsize != n_bytes:
+            raise ValueError(f"{n_bytes} bytes follow the header of {dtype} {shape}")
+        return np.fromfile(file, dtype, shape[0] * shape[1]).reshape(shape)
 
 
 # ---- All windows in one file
@@ -330,11 +347,11 @@ def map_all_hidden_states(path: Path) -> np.ndarray:
         with h5py.File(path, "r") as file:
             dataset = file[DATASET]
             shape, dtype, offset = dataset.shape, dataset.dtype, dataset.id.get_offset()
-    except (OSError, KeyError, AttributeError, RuntimeError) as error:
+    except (OSError, KeyError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).strip("'\"")
         raise InputError(f"{path}: is cut off or no .h5 of stage 2 ({reason}); run stage 2 again") from error
-    is_whole = offset is not None and offset + int(np.prod(shape)) * dtype.itemsize <= path.stat().st_size
-    if len(shape) != 2 or dtype.kind != "f" or not is_whole:
+    is_whole = shape and offset is not None and offset + math.prod(shape) * dtype.itemsize <= path.stat().st_size
+    if len(shape or ()) != 2 or dtype.kind != "f" or not is_whole:
         raise InputError(f"{path}: its dataset is cut off, not contiguous or no float matrix; run stage 2 again")
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
@@ -343,7 +360,7 @@ def read_index_map(path: Path) -> np.ndarray:
     """An index map as an int64 array over the windows 0, 1, …; raises InputError where a window is missing."""
     found = read_json(path)
     try:
-        values = np.array([found[str(window)] for window in range(len(found))], dtype=np.int64)
+        values = np.array([index(found[str(window)]) for window in range(len(found))], dtype=np.int64)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         message = f'{path}: is no map {{"0": n, "1": n, …}} of every window ({error!r}); run stage 2 again'
         raise InputError(message) from error

@@ -186,6 +186,9 @@ def datastore_token_ids(folder: Path) -> list[int]:
     Raises InputError where stage 4 did not end. One whose `.h5` went lost since is among them.
     """
     left_out = read_finished(folder / HIDDEN_STATES_MANIFEST, HIDDEN_STATES_STAGE).results.get("excluded", [])
+    if not isinstance(left_out, list) or not all(type(token) is int for token in left_out):
+        path = folder / HIDDEN_STATES_MANIFEST
+        raise InputError(f"{path}: is damaged; delete it and run {HIDDEN_STATES_STAGE} again")
     return sorted(set(entry_token_ids(folder)).difference(left_out))
 
 
@@ -518,11 +521,12 @@ def _map_tables(path: Path) -> dict[int, np.ndarray]:
     for name in group:
         dataset = h5py.h5d.open(group, name)
         shape, dtype, offset = dataset.shape, dataset.dtype, dataset.get_offset()
-        if offset is None:  # not contiguous, or no rows
-            tables[int(name)] = np.asarray(h5py.Dataset(dataset)[()])
-        else:
-            n_bytes = math.prod(shape) * dtype.itemsize
-            tables[int(name)] = data[offset : offset + n_bytes].view(dtype).reshape(shape)
+        if 0 in shape:
+            offset = 0
+        if offset is None:  # compressed rows could be any number, those of another file anything
+            raise ValueError(f"the rows of depth {int(name)} are not in one piece")
+        n_bytes = math.prod(shape) * dtype.itemsize
+        tables[int(name)] = data[offset : offset + n_bytes].view(dtype).reshape(shape)
     return tables
 
 
