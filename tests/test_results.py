@@ -508,7 +508,8 @@ def test_colour_is_stronger_where_more_similar_and_ends_with_each_line() -> None
     chunks = [AcceptedChunk(1, [1], 0.5), AcceptedChunk(2, [2, 3], 0.9)]
     marked = mark_chunks([0, 1, 2, 3], chunks, lambda token_ids: "ab\nc"[: len(token_ids)], colour=True)
     weak, strong, end = "\x1b[38;5;16;48;5;194m", "\x1b[38;5;16;48;5;83m", "\x1b[0m"
-    assert marked == f"a{weak}b{end}\n{strong}c{end}"
+    strong_too = strong.replace("[", "[4;")  # underlined, to stand apart from the chunk that it touches
+    assert marked == f"a{weak}b{end}{strong_too}↵{end}\n{strong_too}c{end}"
 
 
 def test_character_parted_by_a_chunk_border_stays_whole(gpt2_folder: Path) -> None:

@@ -94,6 +94,7 @@ def _quartiles(spread: Mapping[str, float] | None, scale: float, decimals: int) 
 
 
 BRACKETS = "⟦", "⟧"
+LINE_END = "↵"
 RESET, DIM = "\x1b[0m", "\x1b[2m"
 # Backgrounds of the 256-colour palette from the least to the most similar chunk, under black text.
 SHADES = (194, 157, 120, 83)
@@ -138,11 +139,14 @@ def mark_chunks(
     pieces = [visible(piece) for piece in text_pieces(token_ids, borders, decode)][1:]
     similarities = [chunk.similarity for chunk in chunks]
     lowest, highest = min(similarities, default=0.0), max(similarities, default=0.0)
-    for number, similarity in enumerate(similarities):
-        at = 2 * number + 1
-        rank = (similarity - lowest) / (highest - lowest) if highest > lowest else 1.0
+    underlined, end = False, -1
+    for number, chunk in enumerate(chunks):
+        rank = (chunk.similarity - lowest) / (highest - lowest) if highest > lowest else 1.0
         shade = SHADES[round(rank * (len(SHADES) - 1))]
-        pieces[at] = _marked(pieces[at], shade, colour)
+        # Of chunks that touch every second one is underlined, or they would look like one.
+        underlined = chunk.position == end and not underlined
+        end = chunk.position + len(chunk.token_ids)
+        pieces[2 * number + 1] = _marked(pieces[2 * number + 1], shade, colour, underlined)
     return "".join(pieces)
 
 
@@ -153,6 +157,7 @@ class TokenStream:
         self._stream, self._decode, self._colour = stream, decode, colour
         self._name, self._prompts = "", dict[int, list[int]]()
         self._index, self._token_ids, self._n_shown = -1, list[int](), 0
+        self._follows_chunk = self._underlined = False
 
     def begin(self, name: str, prompts: Mapping[int, list[int]]) -> None:
         """The texts that come next: the run's name and the prompts' token ids by their index."""
@@ -163,7 +168,7 @@ class TokenStream:
         if index != self._index:
             self._index, self._token_ids = index, list(self._prompts[index])
             prompt = self._decode(self._token_ids)
-            self._n_shown = len(prompt)
+            self._n_shown, self._follows_chunk, self._underlined = len(prompt), False, False
             shown = visible(prompt)
             self._stream.write(
                 f"\n--- prompt {index}, {self._name}\n{_coloured(shown, DIM) if self._colour else shown}"
@@ -174,14 +179,19 @@ class TokenStream:
         end = len(text.rstrip("\ufffd")) if len(text) - len(text.rstrip("\ufffd")) <= 3 else len(text)
         piece, self._n_shown = visible(text[self._n_shown : end]), max(end, self._n_shown)
         if chunk is not None:
-            piece = _marked(piece, SHADES[-1], self._colour)
+            self._underlined = self._follows_chunk and not self._underlined
+            piece = _marked(piece, SHADES[-1], self._colour, self._underlined)
+        self._follows_chunk = chunk is not None
         self._stream.write(piece)
         self._stream.flush()
 
 
-def _marked(piece: str, shade: int, colour: bool) -> str:
+def _marked(piece: str, shade: int, colour: bool, underlined: bool = False) -> str:
     left, right = BRACKETS
-    return _coloured(piece, f"\x1b[38;5;16;48;5;{shade}m") if colour else f"{left}{piece}{right}"
+    if not colour:
+        return f"{left}{piece}{right}"
+    # A line end has no colour of its own, and may be all that a chunk is.
+    return _coloured(piece.replace("\n", f"{LINE_END}\n"), f"\x1b[{'4;' if underlined else ''}38;5;16;48;5;{shade}m")
 
 
 def _coloured(text: str, code: str) -> str:
