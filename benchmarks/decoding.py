@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,11 +34,11 @@ from benchmarks.peers import (
     verify_mode,
 )
 from benchmarks.results import HEADER, Result, differences
-from benchmarks.workloads import WORKLOADS, Stores, Workload, load_workload
-from utils.acceptance import Acceptance
+from benchmarks.workloads import ROWS, WORKLOADS, Stores, Workload, load_workload
 from utils.cli import Parser, draft_size, non_negative_float, non_negative_int, positive_int, run_script
-from utils.decoding import Request
+from utils.decoding import MAX_DRAFT_TOKENS, Decoding, Request, n_slots_for
 from utils.drafting import DraftSettings, RetrievalDrafter
+from utils.kv_cache import open_rows
 from utils.retrieval import Retriever
 from utils.sampling import Sampler
 
@@ -49,7 +50,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--workload", choices=WORKLOADS, default="example", help="model, prompts and datastores")
     add_work_folder(parser)
-    parser.add_argument("--rows", type=positive_int, nargs="+", default=[1000, 10_000, 100_000], help="synthetic tries")
+    parser.add_argument("--rows", type=positive_int, nargs="+", help=f"synthetic tries (default: {ROWS})")
     parser.add_argument("--batch_sizes", type=positive_int, nargs="+", default=[1, 8], help="prompts decoded together")
     parser.add_argument("--temperatures", type=non_negative_float, nargs="+", default=[0.0, 0.8], help="0 is greedy")
     parser.add_argument("--n_prompts", type=positive_int, default=16, help="prompts, at most")
@@ -71,6 +72,7 @@ class Setting:
     workload: Workload
     temperature: float
     batch_size: int
+    max_new_tokens: int
     max_draft_tokens: int
 
     @property
@@ -83,9 +85,18 @@ def peers_of(setting: Setting, wanted: Sequence[str]) -> list[Peer]:
     lm = setting.workload.lm
     found: dict[str, Callable[[], Peer]] = {"generate": lambda: Generate("generate", lm, setting.temperature)}
     if setting.batch_size == 1:  # the library's own limit
-        lookup = {"prompt_lookup_num_tokens": setting.max_draft_tokens}
+        lookup: dict[str, Any] = {"prompt_lookup_num_tokens": setting.max_draft_tokens}
         found["prompt lookup"] = lambda: Generate("prompt lookup", lm, setting.temperature, **lookup)
-    ours = partial(OurLoop, lm=lm, sampler=setting.sampler, batch_size=setting.batch_size)
+    rows = None
+    if lm.device.type == "cuda":
+        found["generate static"] = lambda: Generate(
+            "generate static", lm, setting.temperature, compiles=True, cache_implementation="static"
+        )
+        requests = [Request(i, prompt, setting.max_new_tokens) for i, prompt in enumerate(setting.workload.prompts)]
+        n_slots = n_slots_for(requests, Decoding(setting.sampler, frozenset())) + MAX_DRAFT_TOKENS
+        with torch.inference_mode():
+            rows = open_rows(lm, setting.batch_size, n_slots, graphs=True)
+    ours = partial(OurLoop, lm=lm, sampler=setting.sampler, batch_size=setting.batch_size, rows=rows)
     found["baseline"] = lambda: ours("baseline", make=dict)
     for stores in setting.workload.stores:
         for name, prepare in _with_stores(stores, setting.max_draft_tokens).items():
@@ -100,9 +111,8 @@ def peers_of(setting: Setting, wanted: Sequence[str]) -> list[Peer]:
 
 def _with_stores(stores: Stores, max_draft_tokens: int) -> dict[str, Callable[[], Make]]:
     """By name: prepares what a peer with datastores needs and returns what makes its decoding anew."""
-    acceptance = Acceptance(stores.similarity_threshold)
     found: dict[str, Callable[[], Make]] = {}
-    found["chunk"] = lambda: lambda: {"retriever": Retriever(stores.chunks, acceptance)}
+    found["chunk"] = lambda: lambda: {"retriever": Retriever(stores.chunks, stores.acceptance)}
     for growth in ("full", "paying"):
         for shape in ("line", "tree"):
             for live in ("sequence", "session"):
@@ -131,7 +141,8 @@ def compare(setting: Setting, peers: list[Peer], args: argparse.Namespace, bar: 
     short = [Request(r.index, r.prompt_ids, min(WARM_UP_TOKENS, r.max_new_tokens), r.seed) for r in batches[0]]
     for peer in peers:
         peer.begin()
-        peer.run(short)
+        # What is compiled for the length of its cache must be so for that which counts.
+        peer.run(batches[0] if peer.compiles else short)
     tallies: dict[str, list[Tally]] = {peer.name: [] for peer in peers}
     for repeat in range(args.repeats):
         for peer in peers:
@@ -162,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     documents = []
     for temperature in args.temperatures:
         for batch_size in args.batch_sizes:
-            setting = Setting(workload, temperature, batch_size, args.max_draft_tokens)
+            setting = Setting(workload, temperature, batch_size, args.max_new_tokens, args.max_draft_tokens)
             peers = peers_of(setting, args.peers)
             n_steps = args.repeats * len(peers) * -(-len(workload.prompts) // batch_size)
             with tqdm(total=n_steps, desc=f"batch {batch_size}, T {temperature}", unit="batch") as bar:

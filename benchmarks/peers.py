@@ -18,6 +18,7 @@ from utils.decoding import Decoding, Request, decode
 from utils.draft_costs import DraftCosts
 from utils.drafting import NOTHING, Drafter, DraftTree
 from utils.generation import DraftCounts
+from utils.kv_cache import Rows
 from utils.models import CausalLM
 from utils.sampling import Sampler
 
@@ -68,6 +69,7 @@ class Peer(Protocol):
 
     name: str
     is_exact: bool  # its text must be the baseline's
+    compiles: bool  # it warms up on as many tokens as count
 
     def begin(self) -> None: ...
 
@@ -85,13 +87,26 @@ Make = Callable[[], dict[str, Any]]
 class OurLoop:
     """utils.decoding; `make` gives what goes into a Decoding beyond the sampler, anew for each repeat."""
 
-    def __init__(self, name: str, lm: CausalLM, sampler: Sampler, batch_size: int, make: Make, is_exact: bool = True):
+    compiles = False
+
+    def __init__(
+        self,
+        name: str,
+        lm: CausalLM,
+        sampler: Sampler,
+        batch_size: int,
+        make: Make,
+        is_exact: bool = True,
+        rows: Rows | None = None,
+    ) -> None:
         self.name, self.is_exact = name, is_exact
-        self._lm, self._sampler, self._batch_size, self._make = lm, sampler, batch_size, make
+        self._lm, self._sampler, self._batch_size, self._make, self._rows = lm, sampler, batch_size, make, rows
         self.begin()
 
     def begin(self) -> None:
-        self._decoding = Decoding(self._sampler, frozenset(), batch_size=self._batch_size, **self._make())
+        self._decoding = Decoding(
+            self._sampler, frozenset(), batch_size=self._batch_size, rows=self._rows, **self._make()
+        )
 
     def run(self, requests: Sequence[Request]) -> Tally:
         started = time.perf_counter()
@@ -127,8 +142,8 @@ class Generate:
     to the LM.
     """
 
-    def __init__(self, name: str, lm: CausalLM, temperature: float, **settings: Any) -> None:
-        self.name, self._lm = name, lm
+    def __init__(self, name: str, lm: CausalLM, temperature: float, compiles: bool = False, **settings: Any) -> None:
+        self.name, self.compiles, self._lm = name, compiles, lm
         self.is_exact = temperature == 0  # its random numbers are other ones
         # In force even where the model's own generation config says otherwise.
         lm.model.generation_config.eos_token_id = None

@@ -15,20 +15,24 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.paper.datastores import LARGE, ROOT, Work
+from utils.acceptance import Acceptance, AcceptanceMap
 from utils.datastore import Datastore, TokenTrie, open_datastore
 from utils.decoding import Decoding, Request, decode
-from utils.files import read_finished, read_json
+from utils.files import InputError, read_finished, read_json
 from utils.models import CausalLM, load_lm, load_tokenizer, pick_device
 from utils.prompts import encode_prompts, read_prompts
 from utils.sampling import Sampler
 
 CHUNK_THRESHOLD, DRAFT_THRESHOLD, DRAFT_CHUNK_LENGTH = 0.1, 0.0, 16
-# θ of chunk mode: that of the example's pipeline; for synthetic tries one that nothing reaches, so that every step
+# Chunk mode's rule: that of the example's pipeline; for synthetic tries one that nothing passes, so that every step
 # searches and no text is skipped.
-EXAMPLE_SIMILARITY, UNREACHED_SIMILARITY = 0.9, 0.99999
+EXAMPLE_ACCEPTANCE, NO_ACCEPTANCE = Acceptance(0.9), Acceptance(0.99999)
+# At the 7B shape one proposal in so many is accepted, whatever it is like, so that there are passes to save.
+SOMETIMES = Acceptance(0.5, "bernoulli", fitted=AcceptanceMap((-1.0, 1.0), (1 / 30, 1 / 30)))
 PROMPT_TOKENS, CHUNK_TOKENS, FIRST_TOKENS = 64, 16, 8
 # Hidden states that synthetic context vectors lie around, and how far from them, relative to their length.
 N_STATES, NOISE = 512, 0.5
+BLOCK_ROWS = 16_384
 INDEX_SEARCHES = 200  # more than an index waits before it makes itself faster
 
 
@@ -39,7 +43,7 @@ class Stores:
     name: str  # empty where there is one comparison only
     chunks: Datastore
     drafts: Datastore
-    similarity_threshold: float
+    acceptance: Acceptance  # of chunk mode
     corpus: list[list[int]]
 
 
@@ -54,18 +58,26 @@ class Workload:
     text_is_random: bool
 
 
-def load_workload(name: str, device: str, dtype: str, n_prompts: int, rows: Sequence[int], folder: Path) -> Workload:
+def load_workload(
+    name: str, device: str, dtype: str, n_prompts: int, rows: Sequence[int] | None, folder: Path
+) -> Workload:
     """One of WORKLOADS. folder: the work folder of the example's datastores."""
     if name == "example":
         return _example(device, dtype, n_prompts, folder)
+    rows = rows or (LARGE_ROWS if name == "llama-7b" else ROWS)
+    if name == "llama-7b":
+        _require_room_for_7b(device, rows)
     lm = CausalLM(_random_model(name, device, dtype), name)
     n_ids = lm.model.config.vocab_size
     prompts = np.random.default_rng(0).integers(0, n_ids, (n_prompts, PROMPT_TOKENS)).tolist()
     written = _greedy_token_ids(lm, prompts)
-    return Workload(name, lm, prompts, [_synthetic_stores(lm, n, written) for n in rows], True)
+    acceptance = SOMETIMES if name == "llama-7b" else NO_ACCEPTANCE
+    return Workload(name, lm, prompts, [_synthetic_stores(lm, n, written, acceptance) for n in rows], True)
 
 
-WORKLOADS = ("example", "gpt2-small", "llama-1b")
+WORKLOADS = ("example", "gpt2-small", "llama-1b", "llama-7b")
+# Of synthetic tries, where the command says nothing else.
+ROWS, LARGE_ROWS = (1000, 10_000, 100_000), (100_000, 1_000_000)
 
 
 # ---- The example
@@ -80,7 +92,7 @@ def _example(device: str, dtype: str, n_prompts: int, folder: Path) -> Workload:
     chunks, drafts = (open_datastore(each, device=lm.device, max_bytes=2**63) for each in folders)
     for datastore in (chunks, drafts):
         datastore.load_all()
-    stores = Stores("", chunks, drafts, EXAMPLE_SIMILARITY, _passages(work.extracted(LARGE) / work.partition))
+    stores = Stores("", chunks, drafts, EXAMPLE_ACCEPTANCE, _passages(work.extracted(LARGE) / work.partition))
     return Workload("example", lm, encoded, [stores], False)
 
 
@@ -108,14 +120,14 @@ def _random_model(name: str, device: str, dtype: str) -> Any:
     torch.set_default_dtype(getattr(torch, kind))
     try:
         with where:
-            return GPT2LMHeadModel(GPT2Config()) if name == "gpt2-small" else LlamaForCausalLM(_llama_1b())
+            return GPT2LMHeadModel(GPT2Config()) if name == "gpt2-small" else LlamaForCausalLM(LLAMAS[name])
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def _llama_1b() -> LlamaConfig:
-    """The shape of Llama 3.2 1B."""
-    return LlamaConfig(
+LLAMAS = {
+    # Llama 3.2 1B
+    "llama-1b": LlamaConfig(
         vocab_size=128_256,
         hidden_size=2048,
         intermediate_size=8192,
@@ -124,7 +136,23 @@ def _llama_1b() -> LlamaConfig:
         num_key_value_heads=8,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
-    )
+    ),
+    # Llama 2 7B, whose sizes are the class's own
+    "llama-7b": LlamaConfig(max_position_embeddings=4096),
+}
+
+
+def _require_room_for_7b(device: str, rows: Sequence[int]) -> None:
+    """Raise InputError where there is no CUDA device, or not the memory for the model in bfloat16 and the tries."""
+    where, name = pick_device(device), "--workload llama-7b"
+    if where.type != "cuda":
+        raise InputError(f"{name}: is measured on a CUDA device, and {where} is none; take llama-1b or gpt2-small here")
+    # The rows in float32, with a copy in float16 until there are bounds; the cache and what a pass makes.
+    needed = 2 * 6.8e9 + sum(rows) * LLAMAS["llama-7b"].hidden_size * 6 + 6e9
+    free, _ = torch.cuda.mem_get_info(where)
+    if free < needed:
+        got = f"{free / 1e9:.0f} GB are free on {where}, of the {needed / 1e9:.0f} GB that it needs with these --rows"
+        raise InputError(f"{name}: {got}; give fewer --rows")
 
 
 class OneTrieForAll(Datastore):
@@ -147,7 +175,7 @@ def _greedy_token_ids(lm: CausalLM, prompts: list[list[int]]) -> list[int]:
 
 
 @torch.inference_mode()
-def _synthetic_stores(lm: CausalLM, n_rows: int, first_ids: list[int]) -> Stores:
+def _synthetic_stores(lm: CausalLM, n_rows: int, first_ids: list[int], acceptance: Acceptance) -> Stores:
     """Context vectors around the model's hidden states over random text, and chunks of random tokens.
 
     first_ids: what the chunks begin with. With the tokens that the model writes, many rows have a vote, as in a real
@@ -158,15 +186,17 @@ def _synthetic_stores(lm: CausalLM, n_rows: int, first_ids: list[int]) -> Stores
     n_ids = lm.model.config.vocab_size
     text = torch.from_numpy(rng.integers(0, n_ids, (1, N_STATES))).to(lm.device)
     states = torch.nn.functional.normalize(lm.forward(text, use_cache=False)[0][0].float(), dim=1).cpu()
-    vectors = states[torch.randint(N_STATES, (n_rows,), generator=generator)]
-    noise = torch.nn.functional.normalize(torch.randn(vectors.shape, generator=generator), dim=1)
-    vectors = torch.nn.functional.normalize(vectors + NOISE * noise, dim=1)
+    vectors = torch.empty(n_rows, lm.hidden_size, device=lm.device)
+    for block in vectors.split(BLOCK_ROWS):
+        near = states[torch.randint(N_STATES, (len(block),), generator=generator)]
+        noise = torch.nn.functional.normalize(torch.randn(near.shape, generator=generator), dim=1)
+        block.copy_(torch.nn.functional.normalize(near + NOISE * noise, dim=1))
     chunks = rng.integers(0, n_ids, (n_rows, CHUNK_TOKENS))
     chunks[:, 0] = rng.choice(first_ids, n_rows)
     chunks = chunks[np.argsort(chunks[:, 0], kind="stable")]
     trie = TokenTrie(
         0,
-        vectors.to(lm.device),
+        vectors,
         chunks.astype(np.int32).ravel(),
         np.arange(n_rows + 1) * CHUNK_TOKENS,
         np.zeros(n_rows, dtype=np.int64),
@@ -175,4 +205,4 @@ def _synthetic_stores(lm: CausalLM, n_rows: int, first_ids: list[int]) -> Stores
     for query in states[torch.randint(N_STATES, (INDEX_SEARCHES,), generator=generator)].to(lm.device):
         trie.index.nearest(query)
     datastore = OneTrieForAll(trie, n_ids)
-    return Stores(f"{n_rows:,} rows", datastore, datastore, UNREACHED_SIMILARITY, chunks.tolist())
+    return Stores(f"{n_rows:,} rows", datastore, datastore, acceptance, chunks.tolist())

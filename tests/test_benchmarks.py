@@ -1,38 +1,15 @@
 """The benchmarks run, and their numbers are what they say."""
 
-import importlib
 import json
-import shlex
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import retrieval
+from benchmarks import decoding, retrieval
 from benchmarks.common import Spread, copy_bandwidth, measure, table
-
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for path in ROOT.glob("benchmarks/**/*.py")
-    if "\ndef parse_args(" in path.read_text()
-)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_benchmark_has_help_and_takes_the_commands_that_it_says(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module = importlib.import_module(name)
-    with pytest.raises(SystemExit, match=r"^0$"):
-        module.parse_args(["--help"])
-    assert module.__doc__.splitlines()[0] in capsys.readouterr().out
-    for line in module.__doc__.splitlines():
-        if line.startswith("Run  "):
-            _, said, flags = line.partition(f"python {name.replace('.', '/')}.py")
-            assert said
-            module.parse_args(shlex.split(flags))
+from utils.files import InputError
 
 
 def test_a_spread_gives_median_and_quartiles_and_ratios_repeat_by_repeat() -> None:
@@ -88,5 +65,11 @@ def test_the_benchmark_of_retrieval_measures_every_way(tmp_path: Path, capsys: p
 
 
 def test_the_benchmark_of_retrieval_refuses_a_file_that_is_not_there() -> None:
-    with pytest.raises(retrieval.InputError, match="does not exist"):
+    with pytest.raises(InputError, match="does not exist"):
         retrieval.main(["--vectors", "nowhere.h5"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_7b_workload_is_refused_politely_without_a_cuda_device() -> None:
+    with pytest.raises(InputError, match="--workload llama-7b: is measured on a CUDA device, and cpu is none"):
+        decoding.main(["--workload", "llama-7b"])
