@@ -21,7 +21,7 @@ from synthetic_corpus import (
     write_manifest,
 )
 
-from utils import token_trie
+from utils import chunk_lists, token_trie
 from utils.chunks import ChunkRows, find_chunks
 from utils.files import InputError, begin_stage, read_json, sole_writer, temporary_folder, write_json
 from utils.spilled_rows import Keys, Spill, spill
@@ -203,6 +203,41 @@ def test_a_full_disk_names_the_file_and_the_run_goes_on_later(
     assert all_bytes(tmp_path) == all_bytes(tries)
 
 
+def test_processes_and_little_memory_leave_the_same_bytes(
+    gpt2_folder: Path, tmp_path: Path, run_stage: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_corpus(tmp_path / "stage_2", gpt2_folder, [90, 40, 1, 60] * 30, n_ids=30)
+    for name, max_workers in (("one", 1), ("two", 2)):
+        # Many batches and units, of which the second run's are smaller than some tries.
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+        monkeypatch.setattr(chunk_lists, "BATCH_TOKENS", 10**6 if name == "one" else 500)
+        monkeypatch.setattr(token_trie, "LEAST_UNIT_BYTES", 2**20 if name == "one" else 2000)
+        monkeypatch.setattr(token_trie, "UNIT_BYTES", 2**20 if name == "one" else 2000)
+        run_stage(SCRIPT, *corpus.stage_3_flags(tmp_path / name, max_workers=max_workers, max_memory_gb=2))
+    assert rows_on_disk(tmp_path / "one" / FOLDER) == expected_rows(corpus)
+    assert all_bytes(tmp_path / "one") == all_bytes(tmp_path / "two")
+
+
+def test_what_a_killed_run_spilled_is_deleted(
+    corpus: Corpus, tries: Path, tmp_path: Path, run_stage: Callable[..., None]
+) -> None:
+    (tmp_path / FOLDER / ".rows").mkdir(parents=True)
+    (tmp_path / FOLDER / ".rows/0.rows").write_bytes(b"half a fi")
+    run_stage(SCRIPT, *corpus.stage_3_flags(tmp_path))
+    assert all_bytes(tmp_path) == all_bytes(tries)
+
+
+def test_a_token_that_looks_like_the_space_between_rows_is_one_token(
+    gpt2_folder: Path, tmp_path: Path, run_stage: Callable[..., None]
+) -> None:
+    one = write_corpus(tmp_path / "stage_2", gpt2_folder, [5], n_ids=9)
+    texts = ["a", "], [", '", 0.5, 0, 2, 3], ["', "🙂\n", "e"]
+    write_token_probs(one.output_dir / "train", 0, one.ids[0], np.array([0, 0.9, 0.9, 0.9, 0.1]), texts)
+    run_stage(SCRIPT, *one.stage_3_flags(tmp_path / "tries", skip_first_tokens=0))
+    window = read_json(token_probs_path(one.output_dir / "train", 0))
+    assert read_json(tmp_path / "tries/org_large_toy_train_all_filtered_tok_probs_0.5.json") == [window[:4]]
+
+
 def test_datastores_of_one_text_share_its_lists(
     corpus: Corpus, tries: Path, tmp_path: Path, run_stage: Callable[..., None]
 ) -> None:
@@ -276,6 +311,12 @@ REFUSED_INPUTS: dict[str, tuple[Callable[[Corpus], object], dict[str, object], s
     "γ NaN": (lambda c: None, {"tok_prob_threshold": "nan"}, "--tok_prob_threshold: got 'nan'"),
     "bound below 0": (lambda c: None, {"max_chunk_length": -1}, "--max_chunk_length: got '-1'"),
     "skip below 0": (lambda c: None, {"skip_first_tokens": -1}, "--skip_first_tokens: got '-1'"),
+    "memory of nothing": (lambda c: None, {"max_memory_gb": 0}, "--max_memory_gb: got '0'"),
+    "memory too little": (
+        lambda c: None,
+        {"max_memory_gb": 0.1, "max_workers": 1},
+        "0.1: 1 processes need 0.65 of them",
+    ),
     "tokenizer missing": (lambda c: None, {"model_name": "./nowhere"}, "nowhere: does not exist"),
     "output is a file": (lambda c: None, {"output_dir": __file__}, "cannot be made a folder"),
 }
@@ -461,6 +502,20 @@ def test_only_files_named_after_a_token_are_tries(tmp_path: Path) -> None:
     assert entry_token_ids(tmp_path) == [5, 7]
 
 
+def test_large_files_read_as_small_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    ids, above = rng.integers(0, 2, 300, dtype=np.int32) * 1000, rng.random(300)
+    write(tmp_path, find_chunks(ids, above, np.array([100] * 3), tok_prob_threshold=0.4, skip_first_tokens=0))
+    read = {}
+    for n_bytes in (10**9, 0):
+        monkeypatch.setattr(token_trie, "LARGE_JSON_BYTES", n_bytes)
+        read[n_bytes] = [read_trie_rows(tmp_path, token) for token in (0, 1000)]
+    assert token_trie._parse_own_json((tmp_path / "0.json").read_bytes(), None)
+    for one, other in zip(*read.values(), strict=True):
+        for name in ("chunk_ids", "chunk_offsets", "windows", "positions"):
+            assert getattr(one, name).tolist() == getattr(other, name).tolist()
+
+
 DAMAGED_TRIES: dict[str, tuple[str, str, str]] = {
     "cut off": ("7.json", '{"2": [[7, 6]], ', r"7\.json: is not whole JSON"),
     "no map": ("7.json", "[1]", r"7\.json: is no map of depths"),
@@ -477,12 +532,20 @@ DAMAGED_TRIES: dict[str, tuple[str, str, str]] = {
     "other entry": ("7.json", '{"2": [[8, 6]], "3": [[7, 5, 6]]}', "rows of another entry token"),
     "more rows": ("7.json", '{"2": [[7, 6], [7, 6]], "3": [[7, 5, 6]]}', r"other rows than tok_pos_7\.json"),
     "positions cut off": ("tok_pos_7.json", '{"2": [[1, 0', r"tok_pos_7\.json: is not whole"),
+    "own form, ragged": ("7.json", '{\n"2": [[7, 6], [7]],\n"3": [[7, 5, 6]]\n}\n', "is no map of depths"),
+    "own form, no number": ("tok_pos_7.json", '{\n"2": [[1, ]],\n"3": [[0, 0]]\n}\n', "is not whole JSON"),
+    "own form, huge": ("7.json", '{\n"2": [[7, 36893488147419103232]],\n"3": [[7, 5, 6]]\n}\n', "is no map of depths"),
+    "own form, columns": ("tok_pos_7.json", '{\n"2": [[1], [0]],\n"3": [[0, 0]]\n}\n', "rows of 2 numbers"),
     "triples": ("tok_pos_7.json", '{"2": [[1, 0, 0]], "3": [[0, 0, 0]]}', "rows of 2 numbers"),
 }
 
 
+@pytest.mark.parametrize("large_json_bytes", [0, 10**9])
 @pytest.mark.parametrize("row", DAMAGED_TRIES)
-def test_a_damaged_trie_is_refused_with_its_path(tmp_path: Path, row: str) -> None:
+def test_a_damaged_trie_is_refused_with_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: str, large_json_bytes: int
+) -> None:
+    monkeypatch.setattr(token_trie, "LARGE_JSON_BYTES", large_json_bytes)
     three_rows(tmp_path)
     name, text, message = DAMAGED_TRIES[row]
     (tmp_path / name).write_text(text)

@@ -25,6 +25,8 @@ LOGGER = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 26
 # Bytes that are copied at a time on the way there.
 PIECE_BYTES = 1 << 18
+# Pages that are given back together begin where a multiple of this does.
+PAGES_BYTES = 1 << 16
 # The least that a row takes in tok_pos_{id}.json, "[0, 0], ".
 POSITION_BYTES = 8
 # Batches per worker: enough that all end at about the same time.
@@ -88,6 +90,9 @@ class Gatherer:
         assert isinstance(mapped.base, mmap.mmap)
         self._mapped: mmap.mmap = mapped.base
         self._all: np.ndarray = np.asarray(mapped)
+        self._offset: int = (
+            mapped.offset % mmap.ALLOCATIONGRANULARITY
+        )  # of the first row in the mapped part of the file
 
     def __call__(self, entry_token_ids: Sequence[int]) -> int:
         """Write the `.h5` of these entry tokens; returns how many.
@@ -139,9 +144,16 @@ class Gatherer:
             if not np.isfinite(read).all():
                 self._refuse(int(rows[piece[np.argmin(np.isfinite(read).all(axis=1))]]))
             vectors[piece] = read
-        # Pages read would count as this process's memory; the system still keeps them while it has room.
-        self._mapped.madvise(mmap.MADV_DONTNEED)
+            self._forget(int(rows[piece[0]]), int(rows[piece[-1]]))
         return vectors
+
+    def _forget(self, first_row: int, last_row: int) -> None:
+        """Give the pages of some rows back: they would count as this process's memory, up to the whole file."""
+        # The system keeps them while it has room. With a page it maps some of its neighbours.
+        row_bytes = self._all.strides[0]
+        first = max(self._offset + first_row * row_bytes - PAGES_BYTES, 0) // PAGES_BYTES * PAGES_BYTES
+        end = min(self._offset + (last_row + 1) * row_bytes + PAGES_BYTES, len(self._mapped))
+        self._mapped.madvise(mmap.MADV_DONTNEED, first, end - first)
 
     def _refuse(self, row: int) -> NoReturn:
         window = int(np.searchsorted(self._hidden_states.first_rows, row, side="right")) - 1
