@@ -25,6 +25,7 @@ from benchmarks.paper import knn_lm
 from benchmarks.paper.common import (
     CONSTANT,
     FITTED,
+    TUNED,
     Reader,
     add_flags,
     cdlm_rows,
@@ -77,7 +78,7 @@ def measure(work: Work, args: argparse.Namespace) -> dict[str, Any]:
         log_p = base_log_likelihoods(reader.proposals(reader.load(work.model_ds), None, reader.test))
         rows[LARGE_LM] = {"shown": LARGE_LM, "log_p": log_p} | compared_figures(log_p, test, size)
     fitted = rows[f"KCD, {FITTED}"]
-    others = [name for name in (SMALL_LM, f"KCD, {CONSTANT}", KNN_LM) if name in rows]
+    others = [name for name in (SMALL_LM, f"KCD, {CONSTANT}", f"KCD, {TUNED}", KNN_LM) if name in rows]
     return {
         "windows": len(test.lengths),
         "tokens": size.n_tokens,
