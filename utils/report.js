@@ -662,6 +662,14 @@
       return;
     }
     const box = span.getClientRects()[0] || span.getBoundingClientRect(), last = span.getBoundingClientRect();
+    const other = span.closest(".columns").children[1], beside = other ? other.getBoundingClientRect().left : 0;
+    if (beside > last.right) {
+      // Over the baseline, so that what is around the chunk can be read.
+      const lowest = innerHeight - card.offsetHeight - 8;
+      card.style.left = `${beside - 4 + scrollX}px`;
+      card.style.top = `${Math.max(Math.min(box.top - 60, lowest), 8) + scrollY}px`;
+      return;
+    }
     const left = Math.min(Math.max(box.left - 12, 8), document.documentElement.clientWidth - card.offsetWidth - 8);
     const fitsBelow = last.bottom + card.offsetHeight + 12 < innerHeight;
     const top = fitsBelow || last.top < card.offsetHeight + 12 ? last.bottom + 8 : last.top - card.offsetHeight - 8;
