@@ -1,7 +1,7 @@
 """Plot what eval.py and the benchmarks wrote: one SVG for each JSON file, by what is in it.
 
 Reads   FILES   perplexity.json and summary.json of eval.py, the --output of benchmarks/retrieval.py, and of
-                benchmarks/paper/efficiency.py and sensitivity.py
+                benchmarks/build.py, benchmarks/paper/efficiency.py and sensitivity.py
 Writes  OUTPUT_DIR/{name of the file}.svg   the same bytes for the same file; on no background, in colours that can be
                 read on a light page and on a dark one
 Run     python benchmarks/plots.py perplexity.json retrieval.json --output_dir benchmarks/plots
@@ -51,6 +51,7 @@ WIDTH, HEIGHT = 4.2, 3.0  # inches, of one panel
 
 # A row of the table of efficiency, as it is named there.
 SETTING = re.compile(r"γ (\S+), θ (\S+)")
+BUILD_STAGES = {"stage 3": "3, chunks", "stage 4": "4, context vectors", "flattening": "5, flattening"}
 
 Point = tuple[float, float, float, float]  # place, value, lower, upper
 
@@ -113,6 +114,7 @@ def drawing_of(path: Path, document: Any) -> Callable[[Any], "Figure"]:
         ({"gammas", "thetas"}, results, draw_sensitivity),
         ({"rows", "datastore_rows"}, results, draw_efficiency),
         ({"cases", "copy_bytes_per_second"}, results, draw_retrieval),
+        ({"sizes"}, results, draw_build),
     ):
         if isinstance(where, dict) and needed <= where.keys():
             return draw
@@ -319,6 +321,32 @@ def draw_retrieval(document: Mapping[str, Any]) -> "Figure":
         panel.set_title(f"{n_dimensions} dimensions")
     axes[0].set_ylabel("one search (ms)")
     legend_below(figure, axes[0])
+    return figure
+
+
+# ---- Building
+
+
+def draw_build(document: Mapping[str, Any]) -> "Figure":
+    """Tokens a second of each stage against tokens of the text, without what a command takes on a text of one window."""
+    sizes = document["results"]["sizes"]
+    figure, (axes,) = panels(1, width=6.0)
+    for (stage, label), colour in zip(BUILD_STAGES.items(), COLOURS, strict=False):
+        points = []
+        for size in sizes:
+            start = size[stage]["start_seconds"]["median"]
+            seconds = (
+                max(size[stage]["seconds"][end] - start, 1e-3) for end in ("median", "high_quartile", "low_quartile")
+            )
+            points.append((size["tokens"], *(size["tokens"] / each for each in seconds)))
+        curve(axes, points, label, colour)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    plain_numbers(axes.xaxis, steps=(1.0, 3.0))
+    plain_numbers(axes.yaxis)
+    axes.set_xlabel("tokens of the text")
+    axes.set_ylabel("tokens/s")
+    legend_below(figure, axes)
     return figure
 
 

@@ -49,6 +49,12 @@ def case(rows: int, seconds: float) -> dict[str, Any]:
     return {"vectors": "hidden", "rows": rows, "dimensions": 768, "seconds": times}
 
 
+def size(tokens: int, seconds: float) -> dict[str, Any]:
+    times = {"median": seconds, "low_quartile": seconds - 0.1, "high_quartile": seconds + 0.1}
+    stage = {"seconds": times, "start_seconds": {"median": 1.0}}
+    return {"tokens": tokens, "stage 3": stage, "stage 4": stage, "flattening": stage}
+
+
 SEED_ROW = {"fps": over_seeds(0.3), "tts": over_seeds(0.2), "rouge_l": over_seeds(0.5)}
 DOCUMENTS: dict[str, Any] = {
     "perplexity": {
@@ -77,6 +83,7 @@ DOCUMENTS: dict[str, Any] = {
             "fps": [[0.41, 0.2, 0.1], [0.3, 0.17, 0.02]],
         }
     },
+    "build": {"results": {"sizes": [size(100_000, 2.0), size(1_000_000, 9.0)]}},
     "retrieval": {"results": {"copy_bytes_per_second": {}, "cases": [case(100, 1e-4), case(10_000, 3e-3)]}},
 }
 SHOWN = {
@@ -84,6 +91,7 @@ SHOWN = {
     "summary": ("forward passes saved (%)", "time per token saved (%)"),
     "efficiency": ("forward passes saved (%)", "time per token saved (%)", "ROUGE-L", "chunks at γ = 0.3"),
     "sensitivity": ("2.00", "1.50", "41", "17", "γ"),
+    "build": ("tokens/s", "4, context vectors"),
     "retrieval": ("768 dimensions", "rows of a token trie", "exact search here"),
 }
 
