@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from benchmarks.common import table, write_json
-from benchmarks.paper.common import CONSTANT, FITTED, Reader, add_windows, cdlm_rows, without_windows
+from benchmarks.paper.common import CONSTANT, FITTED, Interval, Reader, add_windows, cdlm_rows, without_windows
 from benchmarks.paper.datastores import SMALL, add_work, work_of
 from benchmarks.paper.generating import (
     Asking,
@@ -44,6 +44,7 @@ from utils.text_evaluation import fit_maps
 
 GAMMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 THETAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+RATIO = ("ratio", "ratio_lower", "ratio_upper")
 QUANTILES = (5, 25, 50, 75, 95)
 
 
@@ -135,6 +136,8 @@ def report(results: dict[str, Any], args: argparse.Namespace) -> None:
         name: [f"{row['perplexity']:.3f}" for row in results[key]]
         for key, name in (("constant", CONSTANT), ("fitted", FITTED))
     }
+    ratios = (Interval(*(row[key] for key in RATIO)) for row in results["fitted"])
+    beside["fitted map to base LM"] = [ratio.text(3) for ratio in ratios]
     beside["rows"] = [f"{n:,}" for n in results["rows"]]
     beside["median similarity"] = [f"{quantiles[2]:.3f}" for quantiles in results["similarity_quantiles"]]
     shown = f"{base['perplexity']:.3f} ({base['perplexity_lower']:.3f} to {base['perplexity_upper']:.3f})"
