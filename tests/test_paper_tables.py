@@ -11,7 +11,7 @@ from conftest import TEXTS
 from test_decoding import trie
 
 from benchmarks.paper import chunk_length, composition, datastores, knn_lm, perplexity
-from benchmarks.paper.common import Reader, mean_interval, ratio, works_of
+from benchmarks.paper.common import Reader, mean_interval, of_passages, ratio, works_of
 from benchmarks.paper.knn_lm import Choice, Keys, best_weight, knn_probabilities, nearest_keys
 from benchmarks.paper.near_duplicates import PartOfDatastore, SharedRuns, runs_of
 from utils.corpora import Passage
@@ -127,6 +127,10 @@ def test_the_ratio_of_perplexities_weighs_windows_by_their_tokens():
     assert found.lower <= found.value <= found.upper < 1
 
 
+def test_sums_over_passages_are_those_of_their_windows():
+    assert of_passages(np.array([1.0, 2.0, 4.0, 8.0]), np.array([0, 0, 3, 5])).tolist() == [3.0, 4.0, 8.0]
+
+
 # ---- Near-duplicates
 
 
@@ -205,6 +209,8 @@ def test_the_table_of_perplexity(table_flags, tmp_path, monkeypatch, run_stage, 
     ratio_to_base = found["fitted_map_to"]["small LM"]
     assert ratio_to_base["value"] == pytest.approx(rows["KCD, fitted map"]["ratio"])
     assert ratio_to_base["lower"] == pytest.approx(rows["KCD, fitted map"]["ratio_lower"])
+    assert found["passages"] == 2
+    assert ratio_to_base["lower_over_passages"] <= ratio_to_base["value"] <= ratio_to_base["upper_over_passages"]
     shown = capsys.readouterr().out
     assert all(row["shown"] in shown for row in rows.values())
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from benchmarks.paper.datastores import SMALL, Work, add_work, work_of
 from utils.acceptance import Acceptance, AcceptanceMap
 from utils.cli import Parser, cosine, plain_name, positive_float, positive_int, probability, share, window_size
-from utils.corpora import split_path
+from utils.corpora import read_passages, split_path
 from utils.datastore import Datastore, open_datastore
 from utils.files import make_folder, require_file
 from utils.models import CausalLM, load_config, load_lm, load_tokenizer, require_known_ids, require_windows_fit
@@ -88,6 +88,17 @@ class Split:
     path: Path
     plan: WindowPlan
     size: TextSize
+    passages: np.ndarray  # (W,) int64: which passage each window is of
+
+    @classmethod
+    def of(cls, path: Path, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, folder: Path) -> "Split":
+        """folder: for a temporary file. Raises InputError where the file has no windows."""
+        shape = WindowShape(args.perplexity_window, args.perplexity_window, min_length=2)
+        plan, size = plan_text(path, tokenizer, shape, args.max_windows, folder)
+        lengths = (len(tokenizer.encode(each.text, add_special_tokens=False)) for each in read_passages(path))
+        # A window of one token predicts nothing, and is none of the plan.
+        n_windows = [sum(end - start > 1 for start, end in shape.bounds(length)) for length in lengths]
+        return cls(path, plan, size, np.repeat(np.arange(len(n_windows)), n_windows)[: plan.n_windows])
 
 
 @dataclass(frozen=True)
@@ -106,11 +117,8 @@ class Reader:
         for model in (work.model_ds, work.model_gen):
             require_windows_fit(load_config(model, args.cache_dir), model, args.perplexity_window)
         tokenizer = load_tokenizer(work.model_gen, args.cache_dir)
-        shape = WindowShape(args.perplexity_window, args.perplexity_window, min_length=2)
-        splits = []
-        for name in SPLITS[1:]:
-            path = work.split(name)
-            splits.append(Split(path, *plan_text(path, tokenizer, shape, args.max_windows, make_folder(work.folder))))
+        folder = make_folder(work.folder)
+        splits = [Split.of(work.split(name), tokenizer, args, folder) for name in SPLITS[1:]]
         return cls(work, args, tokenizer, *splits)
 
     def load(self, model: str) -> CausalLM:
@@ -154,6 +162,11 @@ def ratio(log_p: np.ndarray, other: np.ndarray, lengths: np.ndarray) -> "Interva
     """The perplexity of one way to another's, from the log-likelihoods of the same windows (W,), lengths (W,) tokens."""
     mean = mean_interval((other - log_p) / lengths, lengths)
     return Interval(*np.exp([mean.value, mean.lower, mean.upper]).tolist())
+
+
+def of_passages(values: np.ndarray, passages: np.ndarray) -> np.ndarray:
+    """The sums over the windows of each passage; values and passages (W,)."""
+    return np.bincount(np.unique(passages, return_inverse=True)[1], values)
 
 
 def cdlm_rows(maps: Maps, proposals: Proposals, size: TextSize) -> dict[str, Any]:

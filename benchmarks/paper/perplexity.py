@@ -4,7 +4,7 @@ All ways read the same windows of the test split. KCD's chunks are the runs that
 train split; kNN-LM searches the same hidden states of the small model over all of the train split's tokens. What is
 free is chosen on the validation split: the acceptance map by maximum likelihood, the constant q, the tuned θ, and, on
 some of its windows, kNN-LM's k, temperature and λ. Intervals are of 95%, by drawing windows with replacement, the same
-draws for all rows.
+draws for all rows; where two ways are compared, also by drawing passages.
 
 Run     python benchmarks/paper/perplexity.py --output perplexity.json
         python benchmarks/paper/perplexity.py --model_ds gpt2-xl --model_gen gpt2 --text wiki=data/wiki --text law=data/law
@@ -27,8 +27,10 @@ from benchmarks.paper.common import (
     FITTED,
     TUNED,
     Reader,
+    Split,
     add_flags,
     cdlm_rows,
+    of_passages,
     perplexity_cells,
     proposals_in_words,
     ratio,
@@ -84,8 +86,17 @@ def measure(work: Work, args: argparse.Namespace) -> dict[str, Any]:
         "tokens": size.n_tokens,
         "proposals": proposals_in_words(test),
         "rows": without_windows(rows),
-        "fitted_map_to": {name: vars(ratio(fitted["log_p"], rows[name]["log_p"], test.lengths)) for name in others},
+        "passages": len(np.unique(reader.test.passages)),
+        "fitted_map_to": {name: compared(fitted["log_p"], rows[name]["log_p"], reader.test) for name in others},
     }
+
+
+def compared(log_p: np.ndarray, other: np.ndarray, split: Split) -> dict[str, Any]:
+    """The ratio of two ways' perplexities with its interval over windows, and over passages, whose windows are alike."""
+    columns = (log_p, other, split.plan.lengths - 1)
+    over_passages = ratio(*(of_passages(column, split.passages) for column in columns))
+    over = {"lower_over_passages": over_passages.lower, "upper_over_passages": over_passages.upper}
+    return vars(ratio(*columns)) | over
 
 
 def knn_row(reader: Reader, lm: CausalLM, validation: Proposals, test: Proposals) -> dict[str, Any]:
@@ -115,12 +126,14 @@ def report(name: str, found: dict[str, Any]) -> str:
     for row in found["rows"].values():
         shares = [f"{row[key]:.1%}".rstrip("%") if key in row else "" for key in ("accepted", "from_chunks")]
         lines.append([row["shown"], *perplexity_cells(row), f"{row['bits_per_byte']:.4f}", *shares])
-    to = ", ".join(
-        f"{interval['value']:.4f} ({interval['lower']:.4f} to {interval['upper']:.4f}) of {other}"
-        for other, interval in found["fitted_map_to"].items()
+    to = "; ".join(
+        "{value:.4f} ({lower:.4f} to {upper:.4f}, over passages {lower_over_passages:.4f} to "
+        "{upper_over_passages:.4f})".format(**found_to)
+        + f" of {other}"
+        for other, found_to in found["fitted_map_to"].items()
     )
-    about = f"{found['tokens']:,} tokens in {found['windows']:,} windows of test; {found['proposals']}"
-    return f"{name}\n{table(header, lines)}\n{about}\nperplexity of KCD, {FITTED}: {to}"
+    about = f"{found['tokens']:,} tokens in {found['windows']:,} windows of {found['passages']} passages of test; "
+    return f"{name}\n{table(header, lines)}\n{about}{found['proposals']}\nperplexity of KCD, {FITTED}: {to}"
 
 
 def main(argv: list[str] | None = None) -> None:
