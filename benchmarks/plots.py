@@ -252,26 +252,36 @@ def draw_efficiency(document: Mapping[str, Any]) -> "Figure":
 
 
 def draw_sensitivity(document: Mapping[str, Any]) -> "Figure":
-    """Heat maps over γ and θ: perplexity to the base LM's, and forward passes saved."""
+    """Heat maps over γ and θ: perplexity to the base LM's, also of what is fitted at each γ, and forward passes saved."""
     results = document["results"]
     base = results["base"]["perplexity"]
-    figure, (perplexity, saved) = panels(2, width=4.8)
-    ratios = [[value / base for value in row] for row in results["perplexity"]]
-    heat_map(perplexity, results, ratios, "perplexity / the LM's", "{:.2f}", "YlOrRd", is_log=True)
-    heat_map(saved, results, [[100 * v for v in row] for row in results["fps"]], "FPS (%)", "{:.0f}", "YlGnBu")
+    figure, (perplexity, saved) = panels(2, width=5.0)
+    thetas = [f"{theta:g}" for theta in results["thetas"]]
+    fitted = [
+        [found["perplexity"] for found in of_gamma]
+        for of_gamma in zip(results["constant"], results["fitted"], strict=True)
+    ]
+    ratios = [
+        [value / base for value in [*row, *more]] for row, more in zip(results["perplexity"], fitted, strict=True)
+    ]
+    percent = [[100 * value for value in row] for row in results["fps"]]
+    columns = [*thetas, "best\nq", "fitted"]
+    heat_map(perplexity, results["gammas"], columns, ratios, "perplexity / the LM's", "{:.2f}", "YlOrRd", is_log=True)
+    heat_map(saved, results["gammas"], thetas, percent, "forward passes saved (%)", "{:.0f}", "YlGnBu")
     return figure
 
 
 def heat_map(
     axes: "Axes",
-    results: Mapping[str, Any],
+    gammas: Sequence[float],
+    columns: Sequence[str],
     values: Sequence[Sequence[float]],
     title: str,
     form: str,
     colours: str,
     is_log: bool = False,
 ) -> None:
-    """values: of each θ, of each γ. Every cell says its number, in black or white, whichever its colour lets be read."""
+    """values: of each column, of each γ. Every cell says its number, in black or white, whichever can be read on it."""
     import numpy as np
     from matplotlib.colors import LogNorm
 
@@ -279,11 +289,10 @@ def heat_map(
     image = axes.imshow(table, aspect="auto", cmap=colours, norm=LogNorm() if is_log else None)
     for (row, column), value in np.ndenumerate(table):
         red, green, blue, _ = image.cmap(image.norm(value))
-        is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
-        ink = "black" if is_light else "white"
+        ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
         axes.text(column, row, form.format(value), ha="center", va="center", color=ink, fontsize=8)
-    axes.set_xticks(range(len(results["thetas"])), [f"{theta:g}" for theta in results["thetas"]])
-    axes.set_yticks(range(len(results["gammas"])), [f"{gamma:g}" for gamma in results["gammas"]])
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])
     axes.set_xlabel("θ")
     axes.set_ylabel("γ")
     axes.set_title(title)

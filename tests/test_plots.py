@@ -80,6 +80,8 @@ DOCUMENTS: dict[str, Any] = {
             "thetas": [0.5, 0.8, 0.9],
             "base": {"perplexity": 50.0},
             "perplexity": [[100, 75, 50], [60, 55, 50]],
+            "constant": [{"perplexity": 49.0}, {"perplexity": 49.5}],
+            "fitted": [{"perplexity": 46.0}, {"perplexity": 48.5}],
             "fps": [[0.41, 0.2, 0.1], [0.3, 0.17, 0.02]],
         }
     },
@@ -90,7 +92,7 @@ SHOWN = {
     "perplexity": ("12,345 tokens of test.json", "LM alone, 50.00", "fitted map, 48.25", "best constant q, 49.50"),
     "summary": ("forward passes saved (%)", "time per token saved (%)"),
     "efficiency": ("forward passes saved (%)", "time per token saved (%)", "ROUGE-L", "chunks at γ = 0.3"),
-    "sensitivity": ("2.00", "1.50", "41", "17", "γ"),
+    "sensitivity": ("2.00", "1.50", "0.92", "fitted", "41", "17", "γ"),
     "build": ("tokens/s", "4, context vectors"),
     "retrieval": ("768 dimensions", "rows of a token trie", "exact search here"),
 }
