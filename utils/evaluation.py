@@ -277,9 +277,11 @@ class Evaluation:
     def _datastore(self) -> Datastore:
         args, lm = self._args, self._lm
         assert self._trie_folder is not None
+        # Drafts need a few rows and their votes are counted on the host; a search of whole tries is the device's.
+        searches = args.decoding == "chunk" or args.move_trie_to_gpu
         datastore = open_datastore(
             self._trie_folder,
-            device=lm.device,
+            device=lm.device if searches else torch.device("cpu"),
             max_bytes=int(args.trie_cache_gb * BYTES_PER_GB),
             excluded=self._excluded,
             max_rows=args.huge_trie_rows if args.exclude_huge_token_tries else None,
