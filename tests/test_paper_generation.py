@@ -6,15 +6,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_decoding import PROMPTS, datastore_near_text
 
-from benchmarks.paper import datastores, distance, expert, sensitivity
+from benchmarks.paper import datastores, distance, efficiency, expert, sensitivity
 from benchmarks.paper.datastores import Work, add_work, work_of
-from benchmarks.paper.efficiency import rouge_l, words
-from benchmarks.paper.generating import figures_over_seeds, forward_passes_saved, over_seeds, require_seeds
+from benchmarks.paper.generating import (
+    BASELINE,
+    Asking,
+    figures_over_seeds,
+    forward_passes_saved,
+    over_seeds,
+    require_seeds,
+)
+from benchmarks.paper.rouge import rouge_l, words
 from utils.cli import Parser
 from utils.files import InputError
 from utils.generation import AcceptedChunk, Generation, GenerationStats
-from utils.models import load_lm
+from utils.models import load_lm, load_tokenizer
 
 
 def generation(prompt: list[int], new: list[int], chunks: list[AcceptedChunk], forward_passes: int = 1) -> Generation:
@@ -95,6 +103,37 @@ def test_shares_of_expert_answers_come_by_way_and_kind() -> None:
 def test_a_threshold_that_disables_retrieval_is_no_part_of_the_grid() -> None:
     with pytest.raises(InputError, match="1 disables retrieval"):
         sensitivity.main(["--thetas", "0.5", "1"])
+
+
+@pytest.fixture
+def asking(gpt2_folder: Path) -> Asking:
+    """Asks a small model, with two seeds, to go on from some prompts."""
+    lm, tokenizer = load_lm(str(gpt2_folder), "cpu", "float32"), load_tokenizer(str(gpt2_folder))
+    args = argparse.Namespace(seeds=[0, 1], max_new_tokens=8, temperature=1.0, prompt_batch_size=3)
+    return Asking(lm, tokenizer, PROMPTS[:3], args)
+
+
+def test_only_chunks_take_a_text_away_from_the_lms_distribution(asking: Asking) -> None:
+    datastore = datastore_near_text(asking.lm, asking.prompts, 8)
+    rows = distance.figures(asking, asking.generate(distance.ways(asking, datastore, [-1.0, 1.0])))
+    assert list(rows) == [BASELINE, "chunk, θ -1", "chunk, θ 1", "verify"]
+    for exact in (BASELINE, "chunk, θ 1", "verify"):
+        assert (rows[exact]["kl"].value, rows[exact]["same_text"].value) == (0, 1)
+        assert rows[exact]["surprise"] == pytest.approx(rows[BASELINE]["surprise"])
+    assert rows["chunk, θ -1"]["kl"].value > 0.5
+    assert rows["chunk, θ -1"]["fps"].value > 0 == rows[BASELINE]["fps"].value
+
+
+def test_efficiency_is_compared_with_the_baseline_of_the_same_seed(asking: Asking) -> None:
+    datastore = datastore_near_text(asking.lm, asking.prompts, 8)
+    ways = {BASELINE: asking.decoding} | efficiency.ways(asking, {0.5: datastore}, [1.0, -1.0])
+    rows = efficiency.figures(asking, asking.generate(ways))
+    assert list(rows) == [BASELINE, efficiency.OTHER_SEED, "γ 0.5, θ -1", "γ 0.5, θ 1"]
+    assert (rows["γ 0.5, θ 1"]["rouge_l"].value, rows["γ 0.5, θ 1"]["fps"].value) == (1, 0)
+    assert rows["γ 0.5, θ 1"]["perplexity"] == rows[BASELINE]["perplexity"]
+    assert rows[efficiency.OTHER_SEED]["rouge_l"].value < 1
+    assert rows["γ 0.5, θ -1"]["fps"].value > 0
+    assert rows["γ 0.5, θ -1"]["chunk_length"].value > 1
 
 
 # ---- Datastores

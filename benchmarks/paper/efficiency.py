@@ -7,7 +7,7 @@ FPS       1 - forward passes / new tokens
 TTS       1 - seconds per new token / the baseline's, prompt and retrieval included, of the same seed
 ROUGE-L   F1 of the longest common subsequence of words with the baseline's text of the same prompt and seed, mean over
           prompts; "baseline, next seed" is how alike two samples of the model itself are
-perplexity   of the new tokens under the base LM, exp(total nats / total tokens)
+perplexity   of the new tokens under the base LM, exp(total nats / total tokens), and its ratio to the baseline's
 
 Each figure is of one seed's texts; the mean over seeds is printed with Student's 95% interval.
 
@@ -15,7 +15,6 @@ Run     python benchmarks/paper/efficiency.py --output efficiency.json
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -44,24 +43,38 @@ from benchmarks.paper.generating import (
     seconds_per_token,
     share_from_chunks,
 )
+from benchmarks.paper.rouge import require_rouge, rouge_l
 from utils.cli import Parser, cosine, positive_int, run_script, share
 from utils.corpora import split_path
 from utils.datastore import Datastore
 from utils.decoding import Decoding
-from utils.files import InputError, file_fingerprint, make_folder, write_json
+from utils.files import file_fingerprint, make_folder, write_json
 from utils.generation import Generation
 from utils.prompts import read_prompts
 
 OTHER_SEED = "baseline, next seed"
 # The answers are windows of their own, each with its prompt in front as when it is asked again: no token is context only.
 SKIP_FIRST_TOKENS = 0
-HEADER = ("", "FPS %", "TTS %", "ROUGE-L", "perplexity", "from chunks %", "accepted %", "tokens/s")
+HEADER = (
+    "",
+    "FPS %",
+    "TTS %",
+    "ROUGE-L",
+    "perplexity",
+    "to baseline",
+    "from chunks %",
+    "chunk length",
+    "accepted %",
+    "tokens/s",
+)
 COLUMNS = {
     "fps": (100.0, 1),
     "tts": (100.0, 1),
     "rouge_l": (1.0, 3),
     "perplexity": (1.0, 2),
+    "perplexity_ratio": (1.0, 3),
     "from_chunks": (100.0, 1),
+    "chunk_length": (1.0, 2),
     "accepted": (100.0, 1),
     "tokens_per_second": (1.0, 0),
 }
@@ -160,40 +173,22 @@ def of_seed(asking: Asking, texts: list[Generation], baseline: list[Generation],
     found = {"perplexity": perplexity_under(asking.lm, texts), "tokens_per_second": 1 / seconds_per_token(texts)}
     if name == BASELINE:
         return found
+    chunks = [chunk for each in texts for chunk in each.chunks]
     n_proposals = sum(len(each.trace.proposals) for each in texts if each.trace)
     return found | {
         "fps": forward_passes_saved(texts),
         "tts": 1 - seconds_per_token(texts) / seconds_per_token(baseline),
         "rouge_l": mean_rouge(asking, texts, baseline),
+        "perplexity_ratio": found["perplexity"] / perplexity_under(asking.lm, baseline),
         "from_chunks": share_from_chunks(texts),
-        "accepted": sum(len(each.chunks) for each in texts) / n_proposals if n_proposals else 0.0,
+        "chunk_length": float(np.mean([len(chunk.token_ids) for chunk in chunks])) if chunks else 0.0,
+        "accepted": len(chunks) / n_proposals if n_proposals else 0.0,
     }
 
 
 def mean_rouge(asking: Asking, texts: list[Generation], references: list[Generation]) -> float:
     pairs = zip(texts, references, strict=True)
     return float(np.mean([rouge_l(asking.text(a), asking.text(b)) for a, b in pairs]))
-
-
-def rouge_l(text: str, reference: str) -> float:
-    """F1 of ROUGE-L: twice the longest common subsequence of words over the words of both; words as \\w+, in lower case.
-
-    rapidfuzz calls it the normalised similarity of insertions and deletions.
-    """
-    from rapidfuzz.distance import Indel
-
-    return float(Indel.normalized_similarity(words(text), words(reference)))
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def require_rouge() -> None:
-    try:
-        import rapidfuzz  # noqa: F401
-    except ModuleNotFoundError:
-        raise InputError("rapidfuzz is not installed; pip install -r requirements-dev.txt") from None
 
 
 if __name__ == "__main__":
