@@ -42,7 +42,7 @@
   const inline = (text) => visible(text).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length));
 
   const number = (value, decimals = 0) =>
-    value.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
+    value.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals }).replace("-", "−");
   const percent = (share, decimals = 1) => number(100 * share, decimals);
   const count = (n, one, many = one + "s") => `${number(n)} ${n === 1 ? one : many}`;
   const ms = (microseconds) => `${number(microseconds / 1000, microseconds < 99950 ? 1 : 0)} ms`;
@@ -118,7 +118,7 @@
   function columns(width, bars, labels, name, extra = () => []) {
     const height = 132, left = 34, bottom = 20, top = 8;
     const highest = Math.max(1e-9, ...bars.map((stack) => sum(stack.map(([value]) => value))));
-    const step = (width - left) / bars.length, plot = height - bottom - top;
+    const step = Math.min((width - left) / bars.length, 44), plot = height - bottom - top;
     const y = (value) => top + plot * (1 - value / highest);
     const gap = Math.min(2, step * 0.2);
     const drawn = bars.flatMap((stack, i) => {
@@ -156,6 +156,7 @@
       return columns(width, bars, labels, `Similarity of ${nAccepted} accepted and ${nRejected} other proposals`, ({ left, step, top, base }) => {
         const line = svg("line", { y1: top - 4, y2: base, class: "theta-line" });
         thetaLine = (theta) => {
+          line.setAttribute("visibility", data.fitted && moved === null ? "hidden" : "visible");
           const x = left + (Math.min(Math.max(theta, h.first), h.first + h.width * bars.length) - h.first) / h.width * step;
           line.setAttribute("x1", x);
           line.setAttribute("x2", x);
@@ -164,7 +165,8 @@
         return [line];
       });
     };
-    const about = `Best similarity at each step that had a proposal: ${number(nAccepted + nRejected)}. The line is θ.`;
+    const line = data.fitted ? "The acceptance map was fitted: θ had no part in it." : data.policy === "threshold" ? "The line is θ." : "The line is θ, where one in two is accepted.";
+    const about = `Best similarity at each step that had a proposal: ${number(nAccepted + nRejected)}. ${line}`;
     return chart("Similarity of proposals", about, draw, ["accepted", "accepted"], ["", "not accepted"]);
   }
 
@@ -289,7 +291,7 @@
       said.setAttribute("aria-live", "polite");
       const tell = () => {
         const now = moved === null ? nAccepted : atOrAbove(moved);
-        shown.textContent = theta().toFixed(3).replace(/0$/, "");
+        shown.textContent = data.fitted && moved === null ? "as fitted" : theta().toFixed(3).replace(/0$/, "");
         if (moved === null) said.replaceChildren(el("b", number(now)), ` of ${number(n)} proposals were accepted`);
         else said.replaceChildren(el("b", number(now)), ` of ${number(n)} would be accepted, ${number(nAccepted)} were`);
         reset.disabled = moved === null;
