@@ -95,7 +95,9 @@ class Split:
         """folder: for a temporary file. Raises InputError where the file has no windows."""
         shape = WindowShape(args.perplexity_window, args.perplexity_window, min_length=2)
         plan, size = plan_text(path, tokenizer, shape, args.max_windows, folder)
-        lengths = (len(tokenizer.encode(each.text, add_special_tokens=False)) for each in read_passages(path))
+        lengths = (
+            len(tokenizer.encode(each.text, add_special_tokens=False, verbose=False)) for each in read_passages(path)
+        )
         # A window of one token predicts nothing, and is none of the plan.
         n_windows = [sum(end - start > 1 for start, end in shape.bounds(length)) for length in lengths]
         return cls(path, plan, size, np.repeat(np.arange(len(n_windows)), n_windows)[: plan.n_windows])

@@ -90,7 +90,7 @@ def read_overlaps(reader: Reader, run_length: int) -> Passages:
     work = reader.work
 
     def token_ids(passage: Passage) -> np.ndarray:
-        return np.array(reader.tokenizer.encode(passage.text, add_special_tokens=False), dtype=np.int64)
+        return np.array(reader.tokenizer.encode(passage.text, add_special_tokens=False, verbose=False), dtype=np.int64)
 
     manifest = read_finished(work.extracted(work.model_gen) / f"{work.partition}_manifest.json", EXTRACT)
     shape = WindowShape(*(manifest.arguments[name] for name in ("chunk_size", "stride", "min_length")))
