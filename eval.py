@@ -3,7 +3,7 @@
 Reads   TOKEN_TRIE_DIR/token_trie_{dataset}_DS{model_ds}_H{model_gen}/{partition}_{γ}/   the tries of stages 3 and 4
         PROMPT_FILE   a JSON list of strings or of objects with "prompt" or "text", or JSON Lines with "turns"
 Writes  .../individual_flattened_tries/{id}.pkl   the tries as they are searched, once
-        SAVE_DIR/prompt_{i}.json, SAVE_DIR/summary.json
+        SAVE_DIR/prompt_{i}.json, SAVE_DIR/summary.json, and with --report a page about them
 Run     python eval.py --model_path gpt2 --token_trie_dir out --dataset wikitext-103-v1 --partition train \\
             --tok_prob_threshold 0.9 --model_ds gpt2 --model_gen gpt2 --prompt_file prompts.json --save_dir results
 """

@@ -18,6 +18,7 @@ from utils.models import CausalLM
 N_RIVALS = 3
 # Rows looked at for rivals: many have the same chunk.
 ROWS_FOR_RIVALS = 64
+SCORES_AT_ONCE = 2**24  # 64 MB
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ def read_again(lm: CausalLM, datastore: Datastore, generation: Generation) -> Se
         trie = datastore.trie(entry_token_id)
         if trie is not None:
             queries = states[[proposal.position - 1 for proposal in proposals]].to(trie.context_vectors.device)
-            found += _look_up(trie, proposals, torch.nn.functional.normalize(queries, dim=1))
+            queries = torch.nn.functional.normalize(queries, dim=1)
+            step = max(SCORES_AT_ONCE // len(trie.windows), 1)
+            for first in range(0, len(proposals), step):
+                found += _look_up(trie, proposals[first : first + step], queries[first : first + step])
     return SecondReading(scores.log_probs[0], sorted(found, key=lambda chunk: chunk.seen.position))
 
 
