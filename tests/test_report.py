@@ -268,6 +268,38 @@ def test_a_source_that_is_gone_damaged_or_another_texts_is_said_to_be(made, repo
     assert f"{path}: is not there any more" in note()
 
 
+def test_a_page_that_would_be_too_large_leaves_texts_out_and_says_so(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("utils.report.MAX_TOKENS", 13)
+    hand_made(tmp_path / "page.html", n_texts=4, n_tokens=6)
+    data = data_of(tmp_path / "page.html")
+    assert len(data["texts"]) == 2
+    assert data["leftOut"] == 2
+    assert data["lengths"] == [[2, 8]]  # of all four
+    monkeypatch.setattr("utils.report.MAX_TOKENS", 1)
+    hand_made(tmp_path / "page.html", n_texts=4, n_tokens=6)
+    assert len(data_of(tmp_path / "page.html")["texts"]) == 1
+
+
+def test_where_there_is_room_for_some_sources_only_those_of_accepted_chunks_are_kept(tmp_path, monkeypatch) -> None:
+    words = load_words()
+    sizes = {}
+    for room in (10**6, 1500):
+        monkeypatch.setattr("utils.report.SOURCE_TOKENS", room)
+        (tmp_path / str(room)).mkdir()
+        page = tmp_path / str(room) / "page.html"
+        write_large(page, words, n_texts=2, n_tokens=100, n_windows=50)
+        data = data_of(page)
+        accepted = {proposal[2] for text in data["texts"] for proposal in text["proposals"] if proposal[3]}
+        placed = {i for i, row in enumerate(data["rows"]) if len(row) > 4}
+        assert placed == (accepted if room == 1500 else set(range(len(data["rows"]))))
+        assert bool(data["sourceNote"]) == (room == 1500)
+        sizes[room] = sum(len(text) for _, _, text in data["segments"])
+        for i in placed:
+            string, _, _, _, segment, _, first, end, _ = data["rows"][i]
+            assert data["segments"][segment][2][first:end] == data["strings"][string]
+    assert sizes[1500] < sizes[10**6]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
