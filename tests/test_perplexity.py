@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from utils.perplexity import TextSize, base_figures, cdlm_figures, find_proposal
 from utils.retrieval import Retriever
 from utils.sampling import Sampler
 from utils.segmentations import log_likelihoods
-from utils.windows import WindowPlan, WindowShape, plan_windows
+from utils.windows import TokenFile, WindowPlan, WindowShape, plan_windows
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,9 @@ def plan_of(gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     def make(windows: list[list[int]]) -> WindowPlan:
         tokens = np.concatenate([np.array(window, dtype=np.int32) for window in windows])
         lengths = np.array([len(window) for window in windows])
-        return replace(plan, passage_tokens=tokens, starts=np.cumsum(lengths) - lengths, lengths=lengths)
+        file = tempfile.TemporaryFile()  # noqa: SIM115 (it goes with the plan)
+        file.write(np.asarray(tokens, dtype=np.int32).tobytes())
+        return replace(plan, passage_tokens=TokenFile(file), starts=np.cumsum(lengths) - lengths, lengths=lengths)
 
     return make
 
