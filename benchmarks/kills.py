@@ -77,7 +77,7 @@ class Trials:
             elif kind == 3:
                 crashes = [Crash(within_bytes=self.rng.randrange(self.longest))]
             else:
-                crashes = [Crash(at_operation=self.rng.randrange(12), of_workers=True)]
+                crashes = [Crash(at_operation=self.rng.choice((0, 0, 1, 3, 7, 12)), of_workers=True)]
             self._try(crashes)
 
     def _operations(self) -> Iterator[int]:

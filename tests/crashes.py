@@ -5,7 +5,6 @@ minutes. `Crash` says when it dies; whatever is left is what kill -9 leaves: no 
 """
 
 import json
-import multiprocessing
 import os
 import resource
 import select
@@ -19,11 +18,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from utils import chunk_lists, token_trie
 from utils.cli import run_script
 
 TESTS = Path(__file__).resolve().parent
@@ -116,7 +117,9 @@ def _in_child(run: Callable[[], None], folder: Path, crash: Crash, pipe: int) ->
     if crash.of_workers:
         os.environ[IN_WORKERS] = f"{crash.at_operation} {folder}"
         os.environ["PYTHONPATH"] = f"{TESTS}{os.pathsep}{TESTS.parent}"
-        multiprocessing.set_forkserver_preload(["crashes"])
+        preload = BaseContext.set_forkserver_preload
+        # First of what their server loads, whatever the stage has it load.
+        BaseContext.set_forkserver_preload = lambda self, names: preload(self, ["crashes", *names])  # type: ignore[method-assign]
     elif crash.at_operation is not None:
         die_at_operation(crash.at_operation, folder)
     if crash.within_bytes is not None:
@@ -268,8 +271,9 @@ class Stage:
         """In this process; `folder` holds a copy of what must be there before."""
         import importlib
 
-        if self.n_workers > 1:
-            os.sched_getaffinity = lambda _: set(range(self.n_workers))  # type: ignore[assignment]
+        os.sched_getaffinity = lambda _: set(range(self.n_workers))  # type: ignore[assignment]
+        if self.n_workers > 1:  # share out what would else be one task
+            chunk_lists.BATCH_TOKENS, token_trie.LEAST_UNIT_BYTES = 200, 500
         main = importlib.import_module(self.script.removesuffix(".py")).main
         main([str(flag) for flag in self.flags(folder)])
 
@@ -382,6 +386,7 @@ def build_stages(model: Path, root: Path) -> list[Stage]:
     # By measured times, drafts of another length would be taken.
     verified = ("--decoding", "verify", "--draft_growth", "full", "--temperature", 0)
     stages += [
+        Stage("3 tries, 2 workers", "save_token_trie_info.py", by_name["3"].before, tries_flags, 2),
         Stage("4 vectors, 2 workers", "make_token_trie.py", by_name["4"].before, vector_flags, 2),
         Stage("5 generate, verify", "eval.py", before, prompted("verified", *verified)),
         Stage("5 fit, perplexity", "eval.py", before, text_flags),
