@@ -34,7 +34,7 @@ from benchmarks.peers import (
     verify_mode,
 )
 from benchmarks.results import HEADER, Result, differences
-from benchmarks.workloads import ROWS, WORKLOADS, Stores, Workload, load_workload
+from benchmarks.workloads import LARGE_ROWS, ROWS, WORKLOADS, Stores, Workload, load_workload
 from utils.cli import Parser, draft_size, non_negative_float, non_negative_int, positive_int, run_script
 from utils.decoding import MAX_DRAFT_TOKENS, Decoding, Request, n_slots_for
 from utils.drafting import DraftSettings, RetrievalDrafter
@@ -50,7 +50,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--workload", choices=WORKLOADS, default="example", help="model, prompts and datastores")
     add_work_folder(parser)
-    parser.add_argument("--rows", type=positive_int, nargs="+", help=f"synthetic tries (default: {ROWS})")
+    parser.add_argument(
+        "--rows", type=positive_int, nargs="+", help=f"synthetic tries (default: {ROWS}; llama-7b: {LARGE_ROWS})"
+    )
     parser.add_argument("--batch_sizes", type=positive_int, nargs="+", default=[1, 8], help="prompts decoded together")
     parser.add_argument("--temperatures", type=non_negative_float, nargs="+", default=[0.0, 0.8], help="0 is greedy")
     parser.add_argument("--n_prompts", type=positive_int, default=16, help="prompts, at most")
