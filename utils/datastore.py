@@ -239,7 +239,7 @@ def _require_tries_as_written(trie_folder: Path, token_ids: list[int], verify: b
 def _rows_by_token(path: Path, manifest: Manifest) -> dict[int, int]:
     try:
         return {int(token_id): int(n) for token_id, n in manifest.results["rows"].items()}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: is damaged; delete {path.parent} and run eval.py again") from error
 
 
