@@ -1,6 +1,7 @@
 """The peak memory of a command with all the processes that it starts."""
 
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -39,12 +40,18 @@ def run_measured(command: Sequence[object], environment: dict[str, str] | None =
         while not ended.wait(INTERVAL_S):
             peaks.append(_memory_of_session(process.pid))
 
-    sampler = threading.Thread(target=sample)
+    sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
-    output, errors = process.communicate()
-    seconds = time.perf_counter() - started
-    ended.set()
-    sampler.join()
+    try:
+        output, errors = process.communicate()
+        seconds = time.perf_counter() - started
+    except BaseException:  # Ctrl-C does not reach another session
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    finally:
+        ended.set()
+        sampler.join()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, process.args, output, errors)
     return Usage(seconds, max(peak for peak, _ in peaks), max(peak for _, peak in peaks), output)

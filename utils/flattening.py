@@ -23,8 +23,8 @@ from utils.workers import in_processes
 
 ARRAYS = {"context_vectors", "chunk_ids", "chunk_offsets", "windows", "positions"}
 SAFE_GLOBALS = {("numpy", "dtype"), ("numpy._core.numeric", "_frombuffer")}
-# Bytes of context vectors that are made unit vectors at a time.
-BLOCK_BYTES = 1 << 22
+# Bytes of context vectors that are made unit vectors at a time: caches hold them.
+BLOCK_BYTES = 1 << 20
 # Bytes of .h5 that a process flattens as one task, less where there is little to share out, and at most as many tries.
 TASK_BYTES, LEAST_TASK_BYTES, MAX_TASK_TRIES = 1 << 24, 1 << 20, 256
 # Enough that all processes end at about the same time.
@@ -76,8 +76,10 @@ def _unit_vectors(vectors: ContextVectors, order: np.ndarray) -> np.ndarray:
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
     """(N, D) float32 rows of length 1; a row of zeros stays one, similar to nothing."""
     exact = vectors.astype(np.float64)
-    norms = np.linalg.norm(exact, axis=1, keepdims=True)
-    return (exact / np.where(norms == 0, 1, norms)).astype(np.float32)
+    norms = np.sqrt(np.square(exact).sum(axis=1, keepdims=True))
+    norms[norms == 0] = 1
+    exact /= norms
+    return exact.astype(np.float32)
 
 
 # ---- All tries
