@@ -1,5 +1,6 @@
 """Spoiled files end in one sentence or a right result, whatever reads them. benchmarks/fuzz.py does it at length."""
 
+import json
 import os
 import pickle
 import random
@@ -16,7 +17,7 @@ import torch
 from conftest import ROOT
 from mutations import BLIND, mutate
 
-from utils.datastore import read_flattened
+from utils.datastore import open_datastore, read_flattened
 from utils.files import InputError
 from utils.hidden_states import map_all_hidden_states, read_hidden_states
 from utils.token_probs import find_token_probs, windows_with_token_probs
@@ -142,3 +143,15 @@ def test_files_whose_names_are_other_spellings_of_a_number_are_passed_over(tmp_p
     for name in ("token_probs_1.json", "token_probs_01.json", "token_probs_٣.json", "token_probs_-2.json"):
         (tmp_path / name).touch()
     assert windows_with_token_probs(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("rows", ["Infinity", "NaN", "null", '"x"', "[]", "1e999"])
+def test_a_manifest_of_flattened_tries_that_counts_no_rows_is_refused(whole: Path, tmp_path: Path, rows: str) -> None:
+    folder = Path(shutil.copytree(whole / fuzz.DATASTORE, tmp_path / "tries"))
+    path = folder / "individual_flattened_tries" / "manifest.json"
+    fields = json.loads(path.read_text())
+    token = next(iter(fields["results"]["rows"]))
+    fields["results"]["rows"][token] = "PLACE"
+    path.write_text(json.dumps(fields).replace('"PLACE"', rows))
+    with pytest.raises(InputError, match=r"manifest\.json: is damaged"):
+        open_datastore(folder, device=torch.device("cpu"), max_bytes=10**9)
