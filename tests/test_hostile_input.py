@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import struct
 import sys
@@ -18,8 +19,9 @@ from conftest import ROOT
 from mutations import BLIND, mutate
 
 from utils.datastore import open_datastore, read_flattened
-from utils.files import InputError
+from utils.files import InputError, read_json
 from utils.hidden_states import map_all_hidden_states, read_hidden_states
+from utils.results import write_summary
 from utils.token_probs import find_token_probs, windows_with_token_probs
 from utils.token_trie import GROUP, read_context_vectors, read_trie_rows
 
@@ -155,3 +157,23 @@ def test_a_manifest_of_flattened_tries_that_counts_no_rows_is_refused(whole: Pat
     path.write_text(json.dumps(fields).replace('"PLACE"', rows))
     with pytest.raises(InputError, match=r"manifest\.json: is damaged"):
         open_datastore(folder, device=torch.device("cpu"), max_bytes=10**9)
+
+
+def test_half_a_surrogate_pair_is_refused_where_it_is_read_and_a_whole_one_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'["\\ud83d\\ude42", "\\\\ud800"]')
+    assert read_json(path) == ["\U0001f642", "\\ud800"]
+    path.write_bytes(b'{"a": ["\\uD800 x"]}')
+    with pytest.raises(InputError, match=r"a\.json: holds JSON that cannot be read .* is half of a surrogate pair"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "1e999", "NaN", "-Infinity"])
+def test_seconds_that_cannot_be_summed_up_are_no_result(whole: Path, tmp_path: Path, value: str) -> None:
+    folder = Path(shutil.copytree(whole / "results", tmp_path / "results"))
+    path = folder / "prompt_0.json"
+    text, n = re.subn(r'("lm_seconds": )[-0-9.e]+', rf"\g<1>{value}", path.read_text())
+    assert n >= 1
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"prompt_0\.json: is no whole result file"):
+        write_summary(folder)

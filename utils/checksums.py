@@ -22,7 +22,7 @@ from utils.progress import ProgressBar
 
 BLOCK_BYTES = 1 << 20
 SHOWN_FILES = 100  # from which on a bar is shown
-_LINE = re.compile(r"([0-9a-f]{8}) (0|[1-9]\d{0,17}) (.+)")
+_LINE = re.compile(r"([0-9a-f]{8}) (0|[1-9][0-9]{0,17}) ([^\0]+)")
 
 
 @dataclass(frozen=True)

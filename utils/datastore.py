@@ -172,7 +172,10 @@ def open_datastore(
         if token_id not in excluded and (max_rows is None or n <= max_rows)
     }
     LOGGER.debug("%s: %s tries, %s chunks", trie_folder, len(kept), sum(kept.values()))
-    return Datastore(trie_folder / FOLDER, kept, source.inputs["hidden_size"], device, max_bytes)
+    hidden_size = source.inputs.get("hidden_size")
+    if type(hidden_size) is not int or hidden_size < 1:
+        raise InputError(f"{trie_folder / HIDDEN_STATES_MANIFEST}: names no hidden size; run make_token_trie.py again")
+    return Datastore(trie_folder / FOLDER, kept, hidden_size, device, max_bytes)
 
 
 def require_made_with(trie_folder: Path, model_path: str, tokenizer: str, model: str | None = None) -> None:

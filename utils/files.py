@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 BLOCK_BYTES = 1 << 20
 LONGEST_JSON_WORD = 16  # characters of the longest piece that is wrong until its end is read: \ud83d\ude42, -Infinity
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _ERRNO_OF_HDF5 = re.compile(r"\berrno = (\d+)")  # in messages of many lines
 PACKAGES = ("torch", "transformers", "datasets", "h5py", "numpy")
 
@@ -171,7 +172,18 @@ def read_json_and_bytes(path: Path) -> tuple[Any, bytes]:
     require_file(path, "holds the JSON")
     with _readable_json(path):
         utf8 = path.read_bytes().removeprefix(BOM_UTF8)
-        return json.loads(utf8.decode()), utf8
+        value = json.loads(utf8.decode())
+        # Half of a surrogate pair, which cannot be written again; looked for where an escape may be one.
+        if _SURROGATE.search(utf8):
+            _require_unicode(value)
+        return value, utf8
+
+
+def _require_unicode(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{error.object[error.start]!a} is half of a surrogate pair") from error
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = None) -> None:

@@ -321,11 +321,10 @@ def _is_sound_run(results: Results, name: str) -> bool:
     token_ids, phrases = generation[f"{name}_tokens"], generation.get(f"{name}_retrieved_phrases", [])
     has_tokens = isinstance(generation[f"{name}_text"], str) and _are_ids(token_ids)
     has_counts = _are_ids([metrics[key] for key in COUNTS])
-    has_seconds = all(isinstance(metrics[key], int | float) for key in SECONDS)
-    has_seconds &= all(isinstance(metrics.get(key), int | float | None) for key in ("tts", "nll"))
+    has_seconds = all(_is_number(metrics[key]) for key in SECONDS)
+    has_seconds &= all(metrics.get(key) is None or _is_number(metrics[key]) for key in ("tts", "nll"))
     has_phrases = all(
-        _are_ids([phrase["position"], *phrase["token_ids"]]) and isinstance(phrase["similarity"], int | float)
-        for phrase in phrases
+        _are_ids([phrase["position"], *phrase["token_ids"]]) and _is_number(phrase["similarity"]) for phrase in phrases
     )
     if not (has_tokens and has_counts and has_seconds and has_phrases and isinstance(results["settings"][name], dict)):
         return False
@@ -336,12 +335,17 @@ def _is_sound_trace(columns: Mapping[str, Any]) -> bool:
     of_steps = [columns[key] for key in ("tokens", "draft_tokens", "lm_us", "retrieval_us", "rest_us")]
     of_proposals = [columns[key] for key in ("proposal_positions", "proposal_rows", "proposal_similarities")]
     is_even = all(len({len(column) for column in group}) == 1 for group in (of_steps, of_proposals))
-    has_similarities = all(isinstance(value, int | float) for value in columns["proposal_similarities"])
+    has_similarities = all(_is_number(value) for value in columns["proposal_similarities"])
     return is_even and has_similarities and all(map(_are_ids, (*of_steps, *of_proposals[:2])))
 
 
 def _are_ids(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _is_number(value: Any) -> bool:
+    # Neither NaN nor what cannot be summed up.
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def read_run(save_dir: Path, index: int, name: str) -> Generation:
