@@ -352,7 +352,7 @@ def draw_build(document: Mapping[str, Any]) -> "Figure":
     axes.set_xscale("log")
     axes.set_yscale("log")
     plain_numbers(axes.xaxis, steps=(1.0, 3.0))
-    plain_numbers(axes.yaxis)
+    plain_numbers(axes.yaxis, steps=(1.0, 3.0))
     axes.set_xlabel("tokens of the text")
     axes.set_ylabel("tokens/s")
     legend_below(figure, axes)
