@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import lzma
 import os
 import signal
@@ -393,7 +394,7 @@ def test_the_results_are_passages_and_characters_per_split(
         f"{tmp_path}/validation.json: 0 passages, 0 characters",
         f"{tmp_path}/test.json: 0 passages, 0 characters",
     ]
-    assert "local: 1 passages" in err
+    assert re.search(r"local: 100%.* 1/1 .*passages", err.splitlines()[-1])
     assert json.loads((tmp_path / "manifest.json").read_text())["results"]["train"] == {
         "n_passages": 1,
         "n_characters": 3,
