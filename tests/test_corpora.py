@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import re
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
