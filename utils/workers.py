@@ -55,10 +55,10 @@ def in_processes(
     context.set_forkserver_preload([__name__, getattr(prepare, "func", prepare).__module__])
     with ProcessPoolExecutor(n_workers, context, _start_worker, (prepare,)) as pool:
         waiting = iter(tasks)
-        with _without_main():
-            first = [pool.submit(_work_on, task) for task in islice(waiting, TASKS_AHEAD * n_workers)]
-        under_way: deque[Future[Result]] = deque(first)
+        under_way: deque[Future[Result]] = deque()
         try:
+            with _without_main(), _interrupted_afterwards():
+                under_way.extend(pool.submit(_work_on, task) for task in islice(waiting, TASKS_AHEAD * n_workers))
             while under_way:
                 done = under_way[0] if in_order else next(iter(wait(under_way, return_when=FIRST_COMPLETED).done))
                 under_way.remove(done)
@@ -81,6 +81,25 @@ def _without_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+@contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Keep Ctrl-C and SIGTERM for the end of the block: a worker whose pool goes while it starts dies with a traceback."""
+    if threading.current_thread() is not threading.main_thread():  # which signals never reach
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, lambda got, _: came.append(got))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 _work: Callable[[Any], Any] | None = None  # of a worker process
