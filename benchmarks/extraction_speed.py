@@ -228,7 +228,7 @@ def bytes_per_token(flags: list[str], text: Path, work: Path, n_tokens: int) -> 
         stage_2.main([*flags, "--data_dir", str(text), "--output_dir", str(out)])
         found: dict[str, float] = {}
         for path in out.rglob("*"):
-            kind = re.sub(r"\d+", "{i}", path.name)
+            kind = re.sub(r"_\d+", "_{i}", path.name)
             found[kind] = found.get(kind, 0) + path.stat().st_blocks * 512 / n_tokens
         return {kind: round(n, 1) for kind, n in sorted(found.items()) if n >= 0.1 and kind != "train"}
 
