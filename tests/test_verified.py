@@ -61,9 +61,10 @@ def test_greedy_text_is_generates_for_any_datastore(name, batch_size):
             assert sum(generation.stats.forward_passes for generation in got) < 5 * 24
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma2"])
 @pytest.mark.parametrize("kind", ["right", "wrong", "wrong at the last", "right in a wrong tree", "end of text inside"])
-def test_adversarial_drafts_change_nothing_but_the_forward_passes(kind):
-    lm = tiny_lm("llama")
+def test_adversarial_drafts_change_nothing_but_the_forward_passes(kind, name):
+    lm = tiny_lm(name)
     plain = tokens(run(lm, PROMPTS, 30))
     eos = frozenset({plain[0][17]}) if kind == "end of text inside" else NO_EOS
     wanted = tokens(run(lm, PROMPTS, 30, eos=eos))
@@ -133,8 +134,8 @@ def noise_floor(exact, n_draws) -> float:
 
 
 def test_samples_follow_the_models_distribution_and_those_of_chunk_mode_do_not():
-    """100,000 verified draws, half with good drafts and half with bad ones."""
-    lm, prompt, n_draws = tiny_lm("five tokens"), [1, 2], 50_000
+    """100,000 verified draws with good drafts, and as many with bad ones."""
+    lm, prompt, n_draws = tiny_lm("five tokens"), [1, 2], 100_000
     with torch.inference_mode():
         exact = exact_distribution(lm, prompt, 3, 5)
     floor = noise_floor(exact, n_draws)
