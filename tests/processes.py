@@ -37,20 +37,25 @@ def in_child(run: Callable[[], None]) -> tuple[int, str]:
     return (os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0), message
 
 
+def die_before_rename(n_renames: int) -> None:
+    """Let this process be killed when it is about to rename its file number n_renames (from 0)."""
+    rename, done = os.replace, 0
+
+    def replace(source: os.PathLike[str], target: os.PathLike[str]) -> None:
+        nonlocal done
+        if done == n_renames:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done += 1
+        rename(source, target)
+
+    os.replace = replace  # type: ignore[assignment]
+
+
 def killed_before_rename(n_renames: int, run: Callable[[], None]) -> bool:
     """Run in a child that is killed when it is about to rename its file number n_renames (from 0); False: it ended."""
 
     def run_and_die() -> None:
-        rename, done = os.replace, 0
-
-        def replace(source: os.PathLike[str], target: os.PathLike[str]) -> None:
-            nonlocal done
-            if done == n_renames:
-                os.kill(os.getpid(), signal.SIGKILL)
-            done += 1
-            rename(source, target)
-
-        os.replace = replace  # type: ignore[assignment]
+        die_before_rename(n_renames)
         run()
 
     killed_by, message = in_child(run_and_die)

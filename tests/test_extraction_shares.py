@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEXTS
-from processes import in_child
+from processes import die_before_rename, in_child
 
 from utils.extraction import largest_that_fits
 from utils.files import InputError, sole_writer_of_part
@@ -102,19 +102,6 @@ def exit_codes(pids: list[int]) -> list[int]:
             for other in set(pids).difference(codes):
                 os.kill(other, signal.SIGTERM)
     return [codes[pid] for pid in pids]
-
-
-def die_before_rename(n_renames: int) -> None:
-    rename, done = os.replace, 0
-
-    def replace(source: Path, target: Path) -> None:
-        nonlocal done
-        if done == n_renames:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done += 1
-        rename(source, target)
-
-    os.replace = replace  # type: ignore[assignment]
 
 
 def test_ranks_write_what_one_process_writes(run: Callable[..., None], outputs: list[str], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from benchmarks.common import table, write_json
+from benchmarks.common import table
 from benchmarks.paper.common import (
     FITTED,
     Interval,
@@ -25,12 +25,12 @@ from benchmarks.paper.common import (
     headings,
     proposals_in_words,
     ratio,
+    ratio_cell,
+    run_table,
     without_windows,
-    works_of,
 )
 from benchmarks.paper.datastores import Work
 from utils.cli import Parser, non_negative_int, run_script
-from utils.models import pick_device
 from utils.segmentations import Proposals
 
 UNCUT = 0
@@ -77,9 +77,7 @@ def report(name: str, found: dict[str, Any]) -> str:
     header = ["chunks of at most", "mean", "matched %", *settings, f"{FITTED} to uncut"]
     lines = []
     for n_tokens, of_length in found["lengths"].items():
-        cells = [
-            Interval(row["ratio"], row["ratio_lower"], row["ratio_upper"]).text(4) for row in of_length["rows"].values()
-        ]
+        cells = [ratio_cell(row) for row in of_length["rows"].values()]
         to_uncut = Interval(**of_length["fitted_map_to_uncut"]).text(4)
         mean, matched = f"{of_length['mean_chunk_length']:.2f}", f"{100 * of_length['matched']:.1f}"
         lines.append([f"{n_tokens or 'uncut'}", mean, matched, *cells, to_uncut])
@@ -88,13 +86,7 @@ def report(name: str, found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    results = {}
-    for name, work in works_of(args).items():
-        results[name] = measure(work, args)
-        print(report(name, results[name]), end="\n\n")
-    if args.output is not None:
-        write_json(args.output, pick_device(args.device), argv, results)
+    run_table(parse_args(argv), argv, measure, report)
 
 
 if __name__ == "__main__":

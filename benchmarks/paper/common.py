@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,22 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from benchmarks.common import write_json
 from benchmarks.paper.datastores import SMALL, Work, add_work, work_of
 from utils.acceptance import Acceptance, AcceptanceMap
 from utils.cli import Parser, cosine, plain_name, positive_float, positive_int, probability, share, window_size
 from utils.corpora import read_passages, split_path
 from utils.datastore import Datastore, open_datastore
 from utils.files import make_folder, require_file
-from utils.models import CausalLM, load_config, load_lm, load_tokenizer, require_known_ids, require_windows_fit
+from utils.models import (
+    CausalLM,
+    load_config,
+    load_lm,
+    load_tokenizer,
+    pick_device,
+    require_known_ids,
+    require_windows_fit,
+)
 from utils.perplexity import TextSize, cdlm_figures, find_proposals, setting_probabilities
 from utils.segmentations import Proposals, log_likelihoods
 from utils.text_evaluation import fit_maps, plan_text
@@ -76,6 +86,21 @@ def works_of(args: argparse.Namespace) -> dict[str, Work]:
         for split in SPLITS:
             require_file(split_path(folder, split), "stage 1 writes, with train, validation and test split")
     return {name: replace(work.of_text(folder, name), dataset=name) for name, folder in args.texts}
+
+
+def run_table(
+    args: argparse.Namespace,
+    argv: list[str] | None,
+    measure: Callable[[Work, argparse.Namespace], dict[str, Any]],
+    report: Callable[[str, dict[str, Any]], str],
+) -> None:
+    """Measure each text that the flags ask for, print its table, and write the results of all where they are wanted."""
+    results = {}
+    for name, work in works_of(args).items():
+        results[name] = measure(work, args)
+        print(report(name, results[name]), end="\n\n")
+    if args.output is not None:
+        write_json(args.output, pick_device(args.device), argv, results)
 
 
 # ---- Texts in windows
@@ -206,8 +231,13 @@ def proposals_in_words(proposals: Proposals) -> str:
 def perplexity_cells(row: dict[str, Any]) -> list[str]:
     """Perplexity and its ratio to the base LM's, each with its interval."""
     cells = [Interval(row["perplexity"], row["perplexity_lower"], row["perplexity_upper"]).text(2)]
-    cells.append(Interval(row["ratio"], row["ratio_lower"], row["ratio_upper"]).text(4) if "ratio" in row else "")
+    cells.append(ratio_cell(row) if "ratio" in row else "")
     return cells
+
+
+def ratio_cell(row: dict[str, Any]) -> str:
+    """Perplexity to the base LM's, with its interval."""
+    return Interval(row["ratio"], row["ratio_lower"], row["ratio_upper"]).text(4)
 
 
 @dataclass(frozen=True)

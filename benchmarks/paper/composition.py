@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from benchmarks.common import table, write_json
+from benchmarks.common import table
 from benchmarks.paper.common import (
     FITTED,
     Interval,
@@ -31,8 +31,9 @@ from benchmarks.paper.common import (
     headings,
     proposals_in_words,
     ratio,
+    ratio_cell,
+    run_table,
     without_windows,
-    works_of,
 )
 from benchmarks.paper.datastores import EXTRACT, Work
 from benchmarks.paper.gain_groups import composition, entry_rows_of
@@ -41,7 +42,6 @@ from utils.cli import Parser, positive_int, probability, run_script
 from utils.corpora import Passage, read_passages
 from utils.datastore import Datastore
 from utils.files import InputError, read_finished
-from utils.models import pick_device
 from utils.progress import ProgressBar
 from utils.segmentations import Proposals
 from utils.windows import WindowShape
@@ -157,7 +157,7 @@ def report(name: str, found: dict[str, Any]) -> str:
     gained = table(["nats per 1,000 tokens (95%)", "positions %", "matched %", *names], lines)
     lines = []
     for store, part in found["datastores"].items():
-        ratios = [Interval(r["ratio"], r["ratio_lower"], r["ratio_upper"]).text(4) for r in part["rows"].values()]
+        ratios = [ratio_cell(row) for row in part["rows"].values()]
         lines.append([store, *ratios, Interval(**part["fitted_map_to_all"]).text(4)])
     stores = table(["perplexity to the base LM's (95%)", *names, f"{FITTED} to that of all"], lines)
     about = f"{found['tokens']:,} tokens in {found['windows']:,} windows of test"
@@ -170,13 +170,7 @@ def report(name: str, found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    results = {}
-    for name, work in works_of(args).items():
-        results[name] = measure(work, args)
-        print(report(name, results[name]), end="\n\n")
-    if args.output is not None:
-        write_json(args.output, pick_device(args.device), argv, results)
+    run_table(parse_args(argv), argv, measure, report)
 
 
 if __name__ == "__main__":

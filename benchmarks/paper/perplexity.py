@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from benchmarks.common import table, write_json
+from benchmarks.common import table
 from benchmarks.paper import knn_lm
 from benchmarks.paper.common import (
     CONSTANT,
@@ -34,14 +34,14 @@ from benchmarks.paper.common import (
     perplexity_cells,
     proposals_in_words,
     ratio,
+    run_table,
     without_windows,
-    works_of,
 )
 from benchmarks.paper.datastores import EXTRACT, Work
 from utils.cli import Parser, positive_int, run_script
 from utils.corpora import split_path
 from utils.files import read_finished
-from utils.models import CausalLM, pick_device
+from utils.models import CausalLM
 from utils.perplexity import base_figures, base_log_likelihoods, compared_figures, gathered, read_positions
 from utils.segmentations import Proposals
 
@@ -137,13 +137,7 @@ def report(name: str, found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    results = {}
-    for name, work in works_of(args).items():
-        results[name] = measure(work, args)
-        print(report(name, results[name]), end="\n\n")
-    if args.output is not None:
-        write_json(args.output, pick_device(args.device), argv, results)
+    run_table(parse_args(argv), argv, measure, report)
 
 
 if __name__ == "__main__":
