@@ -21,7 +21,7 @@ from utils.token_trie import positions_path, read_trie_positions, write_context_
 from utils.workers import in_processes, n_workers_for
 
 LOGGER = logging.getLogger(__name__)
-# Bytes of context vectors that a worker holds at a time .
+# Bytes of context vectors that a worker holds at a time.
 BLOCK_BYTES = 1 << 26
 # Bytes that are copied at a time on the way there.
 PIECE_BYTES = 1 << 18
@@ -90,9 +90,8 @@ class Gatherer:
         assert isinstance(mapped.base, mmap.mmap)
         self._mapped: mmap.mmap = mapped.base
         self._all: np.ndarray = np.asarray(mapped)
-        self._offset: int = (
-            mapped.offset % mmap.ALLOCATIONGRANULARITY
-        )  # of the first row in the mapped part of the file
+        # Of the first row in the mapped part of the file.
+        self._offset: int = mapped.offset % mmap.ALLOCATIONGRANULARITY
 
     def __call__(self, entry_token_ids: Sequence[int]) -> int:
         """Write the `.h5` of these entry tokens; returns how many.
