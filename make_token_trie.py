@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from utils.checksums import list_files, require_as_written
+from utils.checksums import Written, list_files, require_as_written
 from utils.cli import (
     StageParser,
     add_datastore_labels,
@@ -115,11 +115,13 @@ def main(argv: list[str] | None = None) -> None:
         chosen = set(token_ids[first:end]).difference(excluded)
         todo = sorted(chosen - there if listed is None else chosen & listed)
         with ProgressBar(total=len(todo), desc="gathering context vectors", unit="trie", disable=not todo) as bar:
-            for n_written in write_all_context_vectors(folder, todo, hidden_states, args.max_workers):
-                bar.update(n_written)
+            written: dict[str, Written] = {}
+            for added in write_all_context_vectors(folder, todo, hidden_states, args.max_workers):
+                written |= added
+                bar.update(len(added))
         if todo:  # other slices may have ended too
             there = set(entry_tokens_with_vectors(folder))
-        print(f"{folder}: {conclude(folder, set(token_ids), there, excluded, len(todo))}")
+        print(f"{folder}: {conclude(folder, set(token_ids), there, excluded, written)}")
 
 
 def find_hidden_states(args: argparse.Namespace) -> tuple[HiddenStates, Manifest]:
@@ -177,16 +179,18 @@ def provenance(tries: Manifest, extraction: Manifest, hidden_states: HiddenState
     }
 
 
-def conclude(folder: Path, token_ids: set[int], there: set[int], excluded: set[int], n_made: int) -> str:
+def conclude(
+    folder: Path, token_ids: set[int], there: set[int], excluded: set[int], written: dict[str, Written]
+) -> str:
     """Mark the output as whole where all entry tokens but the excluded have their `.h5`; says what there is."""
     lacking = token_ids - there
-    made = f"{n_made:,} token tries given their context vectors" if n_made else "nothing to do"
+    made = f"{len(written):,} token tries given their context vectors" if written else "nothing to do"
     if n_left := len(lacking - excluded):
         return f"{made}; {n_left:,} of {len(token_ids):,} are still without"
     path = folder / HIDDEN_STATES_MANIFEST
     results = {"entry_tokens": len(there), "excluded": sorted(lacking)}
     with sole_writer(folder, "hidden_states_manifest", wait=True):
-        files = list_files(path, [vectors_path(folder, token) for token in there])
+        files = list_files(path, [vectors_path(folder, token) for token in there], written)
         finish_stage(path, read_manifest(path, HIDDEN_STATES_STAGE), results, files)
     left_out = f", {len(lacking):,} left out" if lacking else ""
     return f"{made}; all {len(there):,} have them{left_out}" if token_ids else "the datastore is empty, nothing to do"

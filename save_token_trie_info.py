@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from utils.checksums import list_files, require_as_written
+from utils.checksums import Written, list_files, require_as_written
 from utils.chunk_lists import ChunkListPaths, ChunkRule, Corpus, find_all_chunks
 from utils.cli import (
     StageParser,
@@ -46,7 +46,7 @@ from utils.token_trie import (
     unit_bytes_in,
     write_tries,
 )
-from utils.workers import n_workers_for
+from utils.workers import n_workers_for, start_server
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         args.skip_first_tokens = overlap if expert_spans is None else 0
     n_workers = n_workers_for(args.max_workers)
     unit_bytes = unit_bytes_in(args.max_memory_gb, n_workers)
+    start_server(n_workers, "utils.chunk_lists")  # the tokenizer takes longer to load
     n_token_ids = check_tokenizer(args, extraction)
     corpus = Corpus(token_prob_dir, extraction.results, n_token_ids, expert_spans)
     make_folder(args.output_dir)
@@ -149,13 +150,15 @@ def run(args: argparse.Namespace, corpus: Corpus, extraction: Manifest, n_worker
         bar = ProgressBar(total=chunks.spill.n_entry_tokens, desc="writing token tries", unit="trie")
         with phase(f"sorting and writing {chunks.spill.n_rows} chunks"), bar:
             bar.update(len(there := entry_token_ids(folder)))
-            for n_written in write_tries(folder, chunks.spill, n_workers, unit_bytes, there):
-                bar.update(n_written)
+            written: dict[str, Written] = {}
+            for added in write_tries(folder, spill_folder, chunks.spill, n_workers, unit_bytes, there):
+                written |= added
+                bar.update(len(added) // 2)  # files of a trie
     counts |= {"entry_tokens": chunks.spill.n_entry_tokens, "rows": chunks.spill.n_rows, "plateaus": chunks.n_plateaus}
     if corpus.expert_spans is not None:
         n_in_chunks = len(chunks.expert_spans)
         counts |= {"expert_spans": corpus.expert_spans.n_spans, "expert_spans_in_chunks": n_in_chunks}
-    finish_stage(folder / MANIFEST, manifest, counts, list_files(folder / MANIFEST, trie_files(folder)))
+    finish_stage(folder / MANIFEST, manifest, counts, list_files(folder / MANIFEST, trie_files(folder), written))
     print(summary(folder, manifest))
 
 

@@ -26,7 +26,10 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
+from utils import workers  # noqa: E402
 from utils.files import InputError  # noqa: E402
+
+workers.START_S = 0  # so that tests with two processes have two, little as their work is
 
 # Emoji with joiners, CJK, control characters, tabs, a byte order mark, combining marks, and plain prose.
 TEXTS = [

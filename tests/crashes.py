@@ -5,6 +5,7 @@ minutes. `Crash` says when it dies; whatever is left is what kill -9 leaves: no 
 """
 
 import json
+import math
 import os
 import resource
 import select
@@ -24,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from utils import chunk_lists, token_trie
+from utils import chunk_lists, token_trie, workers
 from utils.cli import run_script
 
 TESTS = Path(__file__).resolve().parent
@@ -112,6 +113,7 @@ def _in_child(run: Callable[[], None], folder: Path, crash: Crash, pipe: int) ->
     # What forks would share: tqdm's lock, which one that is killed may hold; the servers that this process has started.
     tqdm.set_lock(threading.RLock())
     forkserver._forkserver.__init__()  # type: ignore[attr-defined, misc]
+    workers._server_ready_at = math.inf
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if crash.of_workers:
@@ -273,7 +275,7 @@ class Stage:
 
         os.sched_getaffinity = lambda _: set(range(self.n_workers))  # type: ignore[assignment]
         if self.n_workers > 1:  # share out what would else be one task
-            chunk_lists.BATCH_TOKENS, token_trie.LEAST_UNIT_BYTES = 200, 500
+            chunk_lists.BATCH_TOKENS, token_trie.LEAST_UNIT_BYTES, workers.START_S = 200, 500, 0
         main = importlib.import_module(self.script.removesuffix(".py")).main
         main([str(flag) for flag in self.flags(folder)])
 

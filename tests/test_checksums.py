@@ -6,11 +6,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from crashes import Stage, build_stages
 
 from utils import checksums
-from utils.checksums import list_files, list_path, require_as_written
+from utils.checksums import SummedFile, list_files, list_path, require_as_written, summed
 from utils.files import InputError, Manifest, read_json, write_json
 
 Refusal = Callable[..., str]
@@ -110,6 +111,35 @@ def test_a_list_is_gone_on_with_and_reads_only_what_is_newer(
     os.utime(files[0], ns=(2**60, 3 * 10**18))
     assert list_files(path, files) != manifest.files
     assert read == [files[0]]
+
+
+def test_what_a_run_wrote_itself_is_listed_without_reading_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = tmp_path / "a.json", b"123456789" * 5
+    with summed(path) as file:
+        for piece in (data[:7], data[7:40], data[40:]):
+            assert file.write(piece) == len(piece)
+        assert not path.exists()
+    assert path.read_bytes() == data
+    read = list_files(tmp_path / "manifest.json", [path])
+    list_path(tmp_path / "manifest.json").unlink()
+    monkeypatch.setattr(checksums, "_written", None)
+    written = {path.name: file.written, "of another run": file.written}
+    assert list_files(tmp_path / "manifest.json", [path], written) == read
+
+
+def test_a_file_without_a_buffer_is_written_whole_and_goes_on_past_what_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"head....between....tail")
+    with open(path, "r+b", buffering=0) as raw:
+        file = SummedFile(raw)
+        for at, data in ((4, np.arange(2, dtype=np.int16)), (15, memoryview(b"DATA"))):
+            file.read_to(at)
+            file.write(data)
+        file.read_to(None)
+    assert path.read_bytes() == b"head\0\0\1\0betweenDATAtail"
+    assert file.written == checksums._written(path)
 
 
 # ---- The stages

@@ -329,6 +329,7 @@ def test_workers_of_a_killed_run_end_with_it_and_the_next_run_goes_on(
     run_stage(SCRIPT, *corpus.stage_4_flags(tmp_path / "undisturbed"))
     flags = [str(flag) for flag in corpus.stage_4_flags(tries, max_workers=2)]
     two_cores = "import os, sys; os.sched_getaffinity = lambda _: {0, 1}; import make_token_trie"
+    two_cores += "; from utils import workers; workers.START_S = 0"
     code = f"{two_cores}\nif __name__ == '__main__': make_token_trie.main(sys.argv[1:])"
     killed = subprocess.Popen(
         [sys.executable, "-c", code, *flags], cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True

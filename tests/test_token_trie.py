@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from synthetic_corpus import (
 )
 
 from utils import chunk_lists, token_trie
+from utils.checksums import Written
 from utils.chunks import ChunkRows, find_chunks
 from utils.files import InputError, begin_stage, read_json, sole_writer, temporary_folder, write_json
 from utils.spilled_rows import Keys, Spill, spill
@@ -424,7 +426,7 @@ def write(folder: Path, *parts: ChunkRows, unit_bytes: int = 2**20) -> int:
         rows = Spill(Keys(int(max(part.token_ids.max() for part in parts)) + 1))
         for number, part in enumerate(parts):
             rows.add(spill(spill_folder / f"{number}.rows", part, rows.keys))
-        return sum(write_tries(folder, rows, unit_bytes=unit_bytes))
+        return sum(len(written) for written in write_tries(folder, spill_folder, rows, unit_bytes=unit_bytes)) // 2
 
 
 def three_rows(folder: Path) -> TrieRows:
@@ -439,6 +441,25 @@ def three_rows(folder: Path) -> TrieRows:
 def write_vectors(folder: Path, rows: TrieRows, vectors: np.ndarray, n_block: int = 100) -> None:
     vector_type = (vectors.shape[1], vectors.dtype)
     write_context_vectors(folder, rows.entry_token_id, rows.depths, vector_type, lambda a, b: vectors[a:b], n_block)
+
+
+@pytest.mark.parametrize("n_block", [3, 1000])
+@pytest.mark.parametrize(
+    ("n_rows", "hidden_size"),
+    [([1], 8), ([8, 64, 2, 8, 1, 4], 8), ([64, 8, 64, 32, 16, 2, 32, 1], 4)],
+    ids=["one depth", "HDF5 puts the second depth behind the third", "and another"],
+)
+def test_what_is_told_of_written_vectors_is_what_a_reader_finds(
+    tmp_path: Path, n_rows: list[int], hidden_size: int, n_block: int
+) -> None:
+    depths = dict(enumerate(n_rows, 2))
+    vectors = np.arange(sum(n_rows) * hidden_size, dtype=np.float32).reshape(-1, hidden_size)
+    vector_type = (hidden_size, vectors.dtype)
+    told = write_context_vectors(tmp_path, 7, depths, vector_type, lambda a, b: vectors[a:b], n_block)
+    data = (tmp_path / "7.h5").read_bytes()
+    assert told == {"7.h5": Written(f"{zlib.crc32(data):08x}", len(data))}
+    with h5py.File(tmp_path / "7.h5") as file:
+        assert np.array_equal(np.concatenate([file["hidden_states"][str(depth)] for depth in depths]), vectors)
 
 
 def test_a_trie_reads_back_as_it_was_written(tmp_path: Path) -> None:

@@ -9,19 +9,23 @@ somebody who means to deceive.
 """
 
 import hashlib
+import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from utils.files import InputError, Manifest, n_cores, replacing
 from utils.progress import ProgressBar
 
 BLOCK_BYTES = 1 << 20
 SHOWN_FILES = 100  # from which on a bar is shown
+FILES_PER_TASK = 32  # that a thread reads in one go: handing over a small file takes longer than reading it
 _LINE = re.compile(r"([0-9a-f]{8}) (0|[1-9][0-9]{0,17}) ([^\0]+)")
 
 
@@ -37,23 +41,63 @@ def list_path(manifest_path: Path) -> Path:
     return manifest_path.with_name(manifest_path.name.removesuffix("manifest.json") + "checksums.txt")
 
 
-def list_files(manifest_path: Path, files: Iterable[Path]) -> dict[str, Any]:
+class SummedFile:
+    """A file that is written from its beginning to its end, and what it holds so far."""
+
+    def __init__(self, file: BinaryIO | FileIO) -> None:
+        """file: open for writing; for reading too where `read_to` is used."""
+        self._file, self._crc32, self._n_bytes = file, 0, 0
+
+    def write(self, data: Any) -> int:
+        """data: bytes, or anything with a buffer, in C order."""
+        left = memoryview(data).cast("B")
+        self._add(left)
+        n_bytes = len(left)
+        while left:  # files without a buffer may take less
+            left = left[self._file.write(left) :]
+        return n_bytes
+
+    def read_to(self, end: int | None) -> None:
+        """Go on to a place, or to the end, past what the file holds already."""
+        while block := self._file.read(BLOCK_BYTES if end is None else end - self._n_bytes):
+            self._add(block)
+
+    def _add(self, data: bytes | memoryview) -> None:
+        self._crc32, self._n_bytes = zlib.crc32(data, self._crc32), self._n_bytes + len(data)
+
+    @property
+    def written(self) -> Written:
+        return Written(f"{self._crc32:08x}", self._n_bytes)
+
+
+@contextmanager
+def summed(path: Path, scratch: Path | None = None) -> Iterator[SummedFile]:
+    """A file that takes the place of `path` when the block ends, as `replacing`, and need not be read again to be listed."""
+    with replacing(path, scratch) as temporary, open(temporary, "wb") as file:
+        yield SummedFile(file)
+
+
+def list_files(
+    manifest_path: Path, files: Iterable[Path], written: Mapping[str, Written] | None = None
+) -> dict[str, Any]:
     """Write the list of a stage's files, which lie below the manifest's folder; returns what the manifest says of it.
 
-    What an earlier list says of a file holds on where the file is older than that list, so that a stage which goes on
-    reads only what is new. No files, no list. Raises InputError where a file is gone.
+    written: what this run knows of some of them, by name. What an earlier list says of a file holds on where the file
+    is older than that list, so that a stage which goes on reads only what is new. No files, no list. Raises InputError
+    where a file is gone.
     """
     path = list_path(manifest_path)
     if not (files := list(files)):
         path.unlink(missing_ok=True)
         return {}
     earlier, since = _earlier(path)
-    by_name = {file.relative_to(path.parent).as_posix(): file for file in files}
-    found: dict[str, Written] = {}
-    for name, file in by_name.items():
-        stat = _stat(file)
-        if (known := earlier.get(name)) and known.n_bytes == stat.st_size and stat.st_mtime_ns < since:
-            found[name] = known
+    by_name = {_name_below(path.parent, file): file for file in files}
+    found = {name: known for name, known in (written or {}).items() if name in by_name}
+    for name, known in earlier.items():
+        if name in by_name and name not in found:
+            stat = _stat(by_name[name])
+            if known.n_bytes == stat.st_size and stat.st_mtime_ns < since:
+                found[name] = known
     new = {name: file for name, file in by_name.items() if name not in found}
     found |= dict(zip(new, _all_written(list(new.values()), "listing files"), strict=True))
     text = "".join(f"{found[name].crc32} {found[name].n_bytes} {name}\n" for name in sorted(found)).encode()
@@ -84,7 +128,10 @@ def require_as_written(manifest_path: Path, manifest: Manifest, files: Iterable[
 
 
 def _name_below(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+    """The name of a path below a folder, or its last part where it lies elsewhere."""
+    # Not Path.relative_to, which takes longer than writing a small file.
+    start, name = f"{folder}{os.sep}", str(path)
+    return name.removeprefix(start) if name.startswith(start) else path.name
 
 
 def read_list(manifest_path: Path, manifest: Manifest) -> dict[str, Written]:
@@ -141,21 +188,21 @@ def _stat(path: Path, remedy: str = "run the stage again") -> Any:
 def _all_written(paths: list[Path], doing: str) -> Iterable[Written]:
     """What each file holds, in their order: threads read, and CRC-32 lets others run meanwhile."""
     bar = ProgressBar(total=len(paths), desc=doing, unit="file", leave=False, disable=len(paths) < SHOWN_FILES)
+    groups = [paths[first : first + FILES_PER_TASK] for first in range(0, len(paths), FILES_PER_TASK)]
     with bar, ThreadPoolExecutor(n_cores()) as threads:
         try:
-            for written in threads.map(_written, paths):
-                bar.update()
-                yield written
+            for written in threads.map(lambda group: list(map(_written, group)), groups):
+                bar.update(len(written))
+                yield from written
         finally:
             threads.shutdown(cancel_futures=True)
 
 
 def _written(path: Path) -> Written:
-    crc32 = n_bytes = 0
     try:
         with open(path, "rb", buffering=0) as file:
-            while block := file.read(BLOCK_BYTES):
-                crc32, n_bytes = zlib.crc32(block, crc32), n_bytes + len(block)
+            held = SummedFile(file)
+            held.read_to(None)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the disk") from error
-    return Written(f"{crc32:08x}", n_bytes)
+    return held.written

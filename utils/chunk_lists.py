@@ -31,7 +31,7 @@ from utils.windows import window_bytes
 from utils.workers import in_processes
 
 # Tokens of the windows whose chunks are found at once: enough to make arrays worth while, few enough to hold their texts.
-BATCH_TOKENS = 1 << 16
+BATCH_TOKENS = 1 << 15
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from utils.checksums import Written
 from utils.files import InputError, Manifest
 from utils.hidden_states import map_all_hidden_states, read_index_map
 from utils.token_trie import positions_path, read_trie_positions, write_context_vectors
@@ -93,8 +94,8 @@ class Gatherer:
         # Of the first row in the mapped part of the file.
         self._offset: int = mapped.offset % mmap.ALLOCATIONGRANULARITY
 
-    def __call__(self, entry_token_ids: Sequence[int]) -> int:
-        """Write the `.h5` of these entry tokens; returns how many.
+    def __call__(self, entry_token_ids: Sequence[int]) -> dict[str, Written]:
+        """Write the `.h5` of these entry tokens; returns what each holds, by name.
 
         Raises InputError where a row's position is not in the text, or its hidden state is NaN or infinite.
         """
@@ -106,12 +107,13 @@ class Gatherer:
         rows = np.concatenate(rows_of)
         take = self._taker(rows)
         source, first = self._hidden_states, 0
+        written: dict[str, Written] = {}
         for token, (windows, _, depths) in zip(entry_token_ids, read, strict=True):
             take_own = partial(_take_from, take, first)
             vector_type = (source.hidden_size, source.dtype)
-            write_context_vectors(self._folder, token, depths, vector_type, take_own, source.block_rows)
+            written |= write_context_vectors(self._folder, token, depths, vector_type, take_own, source.block_rows)
             first += len(windows)
-        return len(read)
+        return written
 
     def _rows(self, entry_token_id: int, windows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """(N,) int64, rows of the `.h5`."""
@@ -169,10 +171,10 @@ def _take_from(take: Callable[[int, int], np.ndarray], first: int, a: int, b: in
 
 def write_all_context_vectors(
     folder: Path, entry_token_ids: Sequence[int], hidden_states: HiddenStates, max_workers: int
-) -> Iterator[int]:
+) -> Iterator[dict[str, Written]]:
     """Write the `.h5` of these entry tokens with at most `max_workers` processes, never more than there are cores.
 
-    Yields, as batches end, how many were written. An error of a worker is raised here.
+    Yields, as batches end, what each of their files holds, by name. An error of a worker is raised here.
     """
     n_workers = n_workers_for(max_workers)
     batches = _batches(folder, entry_token_ids, hidden_states, n_workers)

@@ -29,7 +29,7 @@ from utils.files import (
     remove_folder,
     sole_writer,
 )
-from utils.flattening import flattened_arrays, pickle_path, read_arrays, write_flattened
+from utils.flattening import Flattened, flattened_arrays, pickle_path, read_arrays, write_flattened
 from utils.progress import ProgressBar
 from utils.search import VectorIndex
 from utils.token_trie import (
@@ -217,15 +217,16 @@ def _flatten(trie_folder: Path, reprocess: bool, verify: bool, max_bytes: int) -
         manifest = begin_stage(make_folder(folder) / MANIFEST, STAGE, {}, inputs)
         token_ids = datastore_token_ids(trie_folder)
         _require_tries_as_written(trie_folder, token_ids, verify)
-        n_rows: dict[int, int] = {}
+        done: dict[int, Flattened] = {}
         with ProgressBar(
             total=len(token_ids), desc="flattening token tries", unit="trie", disable=not token_ids
         ) as bar:
-            for written in write_flattened(trie_folder, folder, token_ids, max_bytes):
-                n_rows |= written
-                bar.update(len(written))
-        files = list_files(path, [pickle_path(folder, token_id) for token_id in token_ids])
-        finish_stage(path, manifest, {"rows": {str(token_id): n_rows[token_id] for token_id in token_ids}}, files)
+            for added in write_flattened(trie_folder, folder, token_ids, max_bytes):
+                done |= added
+                bar.update(len(added))
+        written = {pickle_path(folder, token).name: found.written for token, found in done.items() if found.written}
+        files = list_files(path, [pickle_path(folder, token_id) for token_id in token_ids], written)
+        finish_stage(path, manifest, {"rows": {str(token_id): done[token_id].n_rows for token_id in token_ids}}, files)
         return _rows_by_token(path, manifest)
 
 

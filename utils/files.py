@@ -36,9 +36,12 @@ class InputError(Exception):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends; on an error `path` stays as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def replacing(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends; on an error `path` stays as it was.
+
+    scratch: a folder of this process alone on the same disk for it instead: in one folder, only one can make files.
+    """
+    temporary = scratch / path.name if scratch else path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

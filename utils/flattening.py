@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from utils.checksums import Written, summed
 from utils.chunks import sort_chunks, take_chunks
-from utils.files import InputError, n_cores, replacing, require_file
+from utils.files import InputError, n_cores, require_file
 from utils.token_trie import ContextVectors, TrieRows, read_trie_rows, vectors_path
 from utils.workers import in_processes
 
@@ -31,6 +32,13 @@ TASK_BYTES, LEAST_TASK_BYTES, MAX_TASK_TRIES = 1 << 24, 1 << 20, 256
 TASKS_PER_WORKER = 4
 # What flattening a trie needs at most, in bytes of its .h5: the arrays, their bytes in the pickle, and what is sorted.
 MEMORY_PER_BYTE = 4
+
+
+class Flattened(NamedTuple):
+    """The rows of a trie, and what its pickle holds where this run wrote it."""
+
+    n_rows: int
+    written: Written | None
 
 
 def pickle_path(folder: Path, entry_token_id: int) -> Path:
@@ -87,8 +95,8 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 
 def write_flattened(
     trie_folder: Path, folder: Path, entry_token_ids: Sequence[int], max_bytes: int
-) -> Iterator[dict[int, int]]:
-    """Write the pickle of each entry token, unless it is there whole; yields rows by entry token as they are written.
+) -> Iterator[dict[int, Flattened]]:
+    """Write the pickle of each entry token, unless it is there whole; yields, as they are written, what each entry token has.
 
     max_bytes: of memory; one trie at a time is flattened, however large, and several at once where they fit.
     """
@@ -125,17 +133,17 @@ class _Flattener:
     trie_folder: Path
     folder: Path
 
-    def __call__(self, entry_token_ids: list[int]) -> dict[int, int]:
+    def __call__(self, entry_token_ids: list[int]) -> dict[int, Flattened]:
         return {token: self._flatten(token) for token in entry_token_ids}
 
-    def _flatten(self, entry_token_id: int) -> int:
+    def _flatten(self, entry_token_id: int) -> Flattened:
         path = pickle_path(self.folder, entry_token_id)
         if path.exists():
-            return len(read_arrays(path)["windows"])
+            return Flattened(len(read_arrays(path)["windows"]), None)
         arrays = flattened_arrays(self.trie_folder, entry_token_id)
-        with replacing(path) as temporary, open(temporary, "wb") as file:
+        with summed(path) as file:
             pickle.dump(arrays, file, protocol=5)
-        return len(arrays["windows"])
+        return Flattened(len(arrays["windows"]), file.written)
 
 
 # ---- Pickles

@@ -23,6 +23,8 @@ KEY_BITS = 62  # so that what is above all keys is an int64 too
 SAMPLED_KEYS = 1 << 14
 # Bytes of a row in memory beside its chunk's ids: key, offset and place.
 ROW_BYTES, ID_BYTES = 24, 4
+# Bytes of rows that take as long as making the two files of one more entry token.
+TRIE_BYTES = 2048
 
 
 @dataclass(frozen=True)
@@ -90,26 +92,29 @@ class SpilledRows:
 
 @dataclass
 class Spill:
-    """All rows of a corpus in files, in the order of the corpus, and how many bytes each entry token has there."""
+    """All rows of a corpus in files, in the order of the corpus, and how large each entry token's are.
+
+    Sizes are in bytes, with what making the files takes: they say what is worth a process of its own and what fits.
+    """
 
     keys: Keys
     files: list[SpilledRows] = field(default_factory=list)
-    bytes_by_entry: np.ndarray = field(init=False)  # (n_token_ids,) int64
+    sizes: np.ndarray = field(init=False)  # (n_token_ids,) int64
 
     def __post_init__(self) -> None:
-        self.bytes_by_entry = np.zeros(self.keys.n_token_ids, dtype=np.int64)
+        self.sizes = np.zeros(self.keys.n_token_ids, dtype=np.int64)
 
     @property
     def n_rows(self) -> int:
         return sum(file.n_rows for file in self.files)
 
     @property
-    def n_bytes(self) -> int:
-        return int(self.bytes_by_entry.sum())
+    def size(self) -> int:
+        return int(self.sizes.sum())
 
     @property
     def n_entry_tokens(self) -> int:
-        return int(np.count_nonzero(self.bytes_by_entry))
+        return int(np.count_nonzero(self.sizes))
 
     def add(self, file: SpilledRows) -> None:
         if file.n_rows:
@@ -119,24 +124,26 @@ class Spill:
             firsts = np.flatnonzero(np.diff(entry_ids, prepend=-1))
             n_bytes = rows.offsets[1:] * ID_BYTES + np.arange(1, len(entry_ids) + 1) * ROW_BYTES
             ends = np.append(firsts[1:], len(entry_ids)) - 1
-            self.bytes_by_entry[entry_ids[firsts]] += np.diff(n_bytes[ends], prepend=0)
+            found = entry_ids[firsts]
+            self.sizes[found[self.sizes[found] == 0]] = TRIE_BYTES
+            self.sizes[found] += np.diff(n_bytes[ends], prepend=0)
 
-    def units(self, n_bytes: int, done: Iterable[int] = ()) -> list[KeyRange]:
+    def units(self, size: int, done: Iterable[int] = ()) -> list[KeyRange]:
         """Ranges of keys, each with all rows of its entry tokens, to sort one by one, the largest first.
 
-        A unit holds at most about `n_bytes`, or one entry token, which is to be sorted in parts. done: entry tokens that
+        A unit has at most about `size`, or one entry token, which is to be sorted in parts. done: entry tokens that
         need no unit.
         """
-        sizes = self.bytes_by_entry.copy()
+        sizes = self.sizes.copy()
         sizes[list(done)] = 0
         entry_ids = np.flatnonzero(sizes)
         ends = np.cumsum(sizes[entry_ids])
-        lasts = np.flatnonzero(np.diff(ends // n_bytes, append=-1))
+        lasts = np.flatnonzero(np.diff(ends // size, append=-1))
         totals = np.diff(ends[lasts], prepend=0)
         firsts = np.append(0, lasts[:-1] + 1)[: len(lasts)]
         bounds = zip(entry_ids[firsts].tolist(), entry_ids[lasts].tolist(), strict=True)
         ranges = [
-            (total, KeyRange(self.keys.first_of(first), self.keys.first_of(last + 1), -(-total // n_bytes)))
+            (total, KeyRange(self.keys.first_of(first), self.keys.first_of(last + 1), -(-total // size)))
             for (first, last), total in zip(bounds, totals.tolist(), strict=True)
         ]
         return [keys for _, keys in sorted(ranges, reverse=True)]

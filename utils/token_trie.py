@@ -15,8 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import FileIO
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +23,17 @@ from typing import Any, NoReturn
 import h5py
 import numpy as np
 
-from utils.files import InputError, Manifest, read_finished, read_json, replacing, require_file, require_folder
+from utils.checksums import SummedFile, Written, summed
+from utils.files import (
+    InputError,
+    Manifest,
+    make_folder,
+    read_finished,
+    read_json,
+    replacing,
+    require_file,
+    require_folder,
+)
 from utils.spilled_rows import KeyRange, Keys, SortedRows, Spill, SpilledRows, cut_evenly, read_sorted
 from utils.workers import in_processes
 
@@ -248,15 +257,20 @@ def unit_bytes_in(max_memory_gb: float, n_workers: int) -> int:
 
 
 def write_tries(
-    folder: Path, spill: Spill, n_workers: int = 1, unit_bytes: int = UNIT_BYTES, there: Collection[int] = ()
-) -> Iterator[int]:
-    """Write both files of each entry token but of those that are there; yields, as tries are written, how many.
+    folder: Path,
+    scratch: Path,
+    spill: Spill,
+    n_workers: int = 1,
+    unit_bytes: int = UNIT_BYTES,
+    there: Collection[int] = (),
+) -> Iterator[dict[str, Written]]:
+    """Write both files of each entry token but of those that are there; yields, as tries are written, what they hold.
 
-    unit_bytes: of spilled rows that a process sorts at a time.
+    scratch: a folder on the same disk for what is not whole; unit_bytes: of spilled rows that a process sorts at a time.
     """
-    shared_out = max(spill.n_bytes // (n_workers * UNITS_PER_WORKER), LEAST_UNIT_BYTES)
+    shared_out = max(spill.size // (n_workers * UNITS_PER_WORKER), LEAST_UNIT_BYTES)
     units = spill.units(min(unit_bytes, shared_out), there)
-    prepare = partial(_TrieWriter, folder, spill.files, spill.keys, frozenset(there))
+    prepare = partial(_TrieWriter, folder, scratch, spill.files, spill.keys, frozenset(there))
     yield from in_processes(prepare, units, n_workers, where=str(folder))
 
 
@@ -265,18 +279,19 @@ class _TrieWriter:
     """Writes both files of the entry tokens whose rows were spilled, but of those that are there."""
 
     folder: Path
+    scratch: Path
     files: Sequence[SpilledRows]
     keys: Keys
     there: frozenset[int]
 
-    def __call__(self, unit: KeyRange) -> int:
-        """Write the tries of a range of keys, which holds all rows of its entry tokens; returns how many."""
-        n_written = 0
+    def __call__(self, unit: KeyRange) -> dict[str, Written]:
+        """Write the tries of a range of keys, which holds all rows of its entry tokens; what each file holds, by name."""
+        written: dict[str, Written] = {}
+        own = make_folder(self.scratch / str(os.getpid()))
         for token, pieces in groupby(self._pieces(unit), key=itemgetter(0)):
             if token not in self.there:
-                _write_trie(self.folder, token, pieces)
-                n_written += 1
-        return n_written
+                written |= _write_trie(self.folder, own, token, pieces)
+        return written
 
     def _pieces(self, unit: KeyRange) -> Iterator[tuple[int, int, str, str]]:
         """Entry token, depth and the JSON of some rows of these, of both files: in the order of the files."""
@@ -319,14 +334,12 @@ def _json_of_rows(table: np.ndarray, firsts: np.ndarray) -> Iterator[str]:
     return (text[first : end - 2] for first, end in pairwise(bounds))
 
 
-def _write_trie(folder: Path, entry_token_id: int, pieces: Iterable[tuple[int, int, str, str]]) -> None:
-    """Write both files, a depth a line."""
-    with (
-        replacing(trie_path(folder, entry_token_id)) as trie,
-        replacing(positions_path(folder, entry_token_id)) as positions,
-        open(trie, "wb") as ids_file,
-        open(positions, "wb") as places_file,
-    ):
+def _write_trie(
+    folder: Path, scratch: Path, entry_token_id: int, pieces: Iterable[tuple[int, int, str, str]]
+) -> dict[str, Written]:
+    """Write both files, a depth a line; returns what each holds, by name."""
+    trie, positions = trie_path(folder, entry_token_id), positions_path(folder, entry_token_id)
+    with summed(trie, scratch) as ids_file, summed(positions, scratch) as places_file:
         before_depth, last = "{\n", 0
         for _, depth, ids, places in pieces:
             before = ", " if depth == last else f'{before_depth}"{depth}": ['
@@ -335,6 +348,7 @@ def _write_trie(folder: Path, entry_token_id: int, pieces: Iterable[tuple[int, i
             before_depth, last = "],\n", depth
         ids_file.write(b"]\n}\n")
         places_file.write(b"]\n}\n")
+    return {trie.name: ids_file.written, positions.name: places_file.written}
 
 
 def read_trie_rows(folder: Path, entry_token_id: int) -> TrieRows:
@@ -420,28 +434,25 @@ def write_context_vectors(
     vector_type: tuple[int, np.dtype],
     take: Callable[[int, int], np.ndarray],
     n_block: int,
-) -> None:
-    """Write an entry token's `.h5`, a block of rows at a time.
+) -> dict[str, Written]:
+    """Write an entry token's `.h5`, a block of rows at a time; returns what it holds, by name.
 
     depths: rows by depth, ascending; vector_type: hidden size D and dtype; take(a, b) gives the vectors (b - a, D) of
     rows a to b, contiguous and of that dtype, and is asked for `n_block` rows at most.
     """
-    with replacing(vectors_path(folder, entry_token_id)) as temporary:
+    path = vectors_path(folder, entry_token_id)
+    with replacing(path) as temporary:
         offsets = _create_h5(temporary, depths, *vector_type)
         # The rows are written past HDF5, whose errors on a full disk leave its file open and surface at exit.
         with open(temporary, "r+b", buffering=0) as file:
-            first = 0
-            for offset, n_rows in zip(offsets, depths.values(), strict=True):
-                file.seek(offset)
-                for row in range(first, first + n_rows, n_block):
-                    _write_whole(file, take(row, min(row + n_block, first + n_rows)))
-                first += n_rows
-
-
-def _write_whole(file: FileIO, vectors: np.ndarray) -> None:
-    left = vectors.data.cast("B")
-    while left:
-        left = left[file.write(left) :]
+            summed = SummedFile(file)
+            bounds = pairwise([0, *accumulate(depths.values())])
+            for offset, (first, end) in sorted(zip(offsets, bounds, strict=True)):
+                summed.read_to(offset)
+                for row in range(first, end, n_block):
+                    summed.write(take(row, min(row + n_block, end)))
+            summed.read_to(None)
+    return {path.name: summed.written}
 
 
 def _create_h5(path: Path, depths: dict[int, int], hidden_size: int, dtype: np.dtype) -> list[int]:

@@ -4,25 +4,30 @@ Workers are forked from a server that has loaded what the script itself has, nev
 worker starts in milliseconds and takes few megabytes.
 """
 
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process
 from types import ModuleType
 from typing import Any, TypeVar
 
 from utils.files import InputError, n_cores
 
+# Workers are not forked from this process: it may have threads.
+_CONTEXT = get_context("forkserver")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+# Seconds in which the server of worker processes starts. Until then this process works alone, which may be enough.
+START_S = 0.3
 # Tasks handed out per process: one at work, one that waits for it, so that no process waits for the parent.
 TASKS_AHEAD = 2
 
@@ -40,36 +45,65 @@ def in_processes(
     where: str,
     in_order: bool = False,
 ) -> Iterator[Result]:
-    """Yield the results of some tasks, done by at most `max_workers` processes; by this one where one is enough.
+    """Yield the results of some tasks, done by at most `max_workers` processes; by this one alone where there is little to do.
 
     prepare: called once in each process, gives the function that does a task; pickled, like tasks and results.
     in_order: results come in the order of the tasks, else as they end. At most `TASKS_AHEAD` tasks per process are
     handed out at a time. An error of a task is raised here; InputError, which begins with `where`, if a process died.
     """
-    n_workers = min(max_workers, len(tasks))
-    if n_workers <= 1:
-        yield from map(prepare(), tasks)
+    waiting = deque(tasks)
+    if not waiting:
         return
-    # Not forked from this process: it may have threads.
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__, getattr(prepare, "func", prepare).__module__])
-    with ProcessPoolExecutor(n_workers, context, _start_worker, (prepare,)) as pool:
-        waiting = iter(tasks)
+    n_workers = min(max_workers, len(waiting))
+    server_ready_at = start_server(n_workers, getattr(prepare, "func", prepare).__module__)
+    if n_workers == 1 or time.monotonic() < server_ready_at:
+        work = prepare()
+        while waiting and (n_workers == 1 or time.monotonic() < server_ready_at):
+            yield work(waiting.popleft())
+        del work
+    if not waiting:
+        return
+    with ProcessPoolExecutor(n_workers, _CONTEXT, _start_worker, (prepare,)) as pool:
         under_way: deque[Future[Result]] = deque()
+
+        def hand_out(n_tasks: int) -> None:
+            under_way.extend(pool.submit(_work_on, waiting.popleft()) for _ in range(min(n_tasks, len(waiting))))
+
         try:
             with _without_main(), _interrupted_afterwards():
-                under_way.extend(pool.submit(_work_on, task) for task in islice(waiting, TASKS_AHEAD * n_workers))
+                hand_out(TASKS_AHEAD * n_workers)
             while under_way:
                 done = under_way[0] if in_order else next(iter(wait(under_way, return_when=FIRST_COMPLETED).done))
                 under_way.remove(done)
                 result = done.result()
-                under_way.extend(pool.submit(_work_on, task) for task in islice(waiting, 1))
+                hand_out(1)
                 yield result
         except BrokenProcessPool as error:
             message = f"{where}: a worker process was ended from outside, for lack of memory perhaps"
             raise InputError(f"{message}; run again with fewer --max_workers") from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+_server_ready_at = math.inf  # on time.monotonic's clock
+
+
+def start_server(max_workers: int, *modules: str) -> float:
+    """Have the server of worker processes start, if it has not yet, and load the modules that their work is in.
+
+    Returns when it is likely to be ready, on `time.monotonic`'s clock. Called early, it starts while this process does
+    what it has to do first.
+    """
+    global _server_ready_at
+    if max_workers > 1 and _server_ready_at == math.inf:
+        _CONTEXT.set_forkserver_preload([__name__, *modules])
+        # It answers Ctrl-C with a traceback until it has started.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        with _without_main():
+            forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _server_ready_at = time.monotonic() + START_S
+    return _server_ready_at
 
 
 @contextmanager
