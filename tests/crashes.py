@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from utils import chunk_lists, token_trie, workers
+from utils import chunk_lists, flattening, token_trie, workers
 from utils.cli import run_script
 
 TESTS = Path(__file__).resolve().parent
@@ -260,13 +260,14 @@ DATASTORE = f"tries/token_trie_texts_DSds_Hgen/train_{GAMMA}"
 
 @dataclass
 class Stage:
-    """One command to be killed: what must be there before, in a folder that is not touched, and its flags."""
+    """A command to be killed, or several in turn: what must be there before, in a folder that is not touched; flags."""
 
     name: str
     script: str
     before: Path
     flags: Callable[[Path], list[object]] = field(repr=False)
     n_workers: int = 1
+    then: tuple[Callable[[Path], list[object]], ...] = ()  # flags of the same script again
     _wanted: dict[str, object] | None = field(default=None, repr=False)
 
     def run(self, folder: Path) -> None:
@@ -276,8 +277,10 @@ class Stage:
         os.sched_getaffinity = lambda _: set(range(self.n_workers))  # type: ignore[assignment]
         if self.n_workers > 1:  # share out what would else be one task
             chunk_lists.BATCH_TOKENS, token_trie.LEAST_UNIT_BYTES, workers.START_S = 200, 500, 0
+            flattening.LEAST_TASK_BYTES = 500
         main = importlib.import_module(self.script.removesuffix(".py")).main
-        main([str(flag) for flag in self.flags(folder)])
+        for flags in (self.flags, *self.then):
+            main([str(flag) for flag in flags(folder)])
 
     @contextmanager
     def copy(self, where: Path) -> Iterator[Path]:
@@ -377,19 +380,22 @@ def build_stages(model: Path, root: Path) -> list[Stage]:
         assert not ended.status, (name, ended.stderr)
         before = after
     by_name = {stage.name[0]: stage for stage in stages}
+
+    def extracted_with(*flags: object) -> Callable[[Path], list[object]]:
+        return lambda folder: [*to_extract(folder), *flags]
+
+    shards = [extracted_with("--num_shards", 2, *which) for which in (["--shard", 0], ["--shard", 1], ["--merge_only"])]
+    script, texts_there = by_name["2"].script, by_name["2"].before
     stages[2:2] = [
-        Stage(
-            "2 extract, discard",
-            "extract_token_probs_and_memmap.py",
-            by_name["2"].before,
-            lambda f: [*to_extract(f), "--discard_intermediates"],
-        )
+        Stage("2 extract, discard", script, texts_there, extracted_with("--discard_intermediates")),
+        Stage("2 extract, 2 shards, merge", script, texts_there, shards[0], then=tuple(shards[1:])),
     ]
     # By measured times, drafts of another length would be taken.
     verified = ("--decoding", "verify", "--draft_growth", "full", "--temperature", 0)
     stages += [
         Stage("3 tries, 2 workers", "save_token_trie_info.py", by_name["3"].before, tries_flags, 2),
         Stage("4 vectors, 2 workers", "make_token_trie.py", by_name["4"].before, vector_flags, 2),
+        Stage("5 flatten, 2 workers", "eval.py", by_name["5"].before, by_name["5"].flags, 2),
         Stage("5 generate, verify", "eval.py", before, prompted("verified", *verified)),
         Stage("5 fit, perplexity", "eval.py", before, text_flags),
     ]

@@ -10,11 +10,13 @@ NAMES = (
     "1 preprocess",
     "2 extract",
     "2 extract, discard",
+    "2 extract, 2 shards, merge",
     "3 tries",
     "4 vectors",
     "4 vectors, 2 workers",
     "3 tries, 2 workers",
     "5 flatten, generate",
+    "5 flatten, 2 workers",
     "5 generate, verify",
     "5 fit, perplexity",
 )
