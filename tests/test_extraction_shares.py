@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, TEXTS
 from processes import die_before_rename, in_child
 
+from utils import ranks
 from utils.extraction import largest_that_fits
 from utils.files import InputError, sole_writer_of_part
 from utils.models import CausalLM, load_lm
@@ -92,13 +93,13 @@ def start_ranks(n_ranks: int, run: Callable[[], None], harm: dict[int, Callable[
     return pids
 
 
-def exit_codes(pids: list[int]) -> list[int]:
+def exit_codes(pids: list[int], *, end_others: bool = True) -> list[int]:
     """What each ended with, a signal as a negative number; where one was killed the others are, as torchrun does it."""
     codes: dict[int, int] = {}
     while len(codes) < len(pids):
         pid, status = os.wait()
         codes[pid] = os.waitstatus_to_exitcode(status)
-        if codes[pid] < 0:
+        if codes[pid] < 0 and end_others:
             for other in set(pids).difference(codes):
                 os.kill(other, signal.SIGTERM)
     return [codes[pid] for pid in pids]
@@ -129,6 +130,32 @@ def test_after_a_rank_was_killed_the_rest_is_shared_out(
     )
     assert exit_codes(start_ranks(2, lambda: run(again, *outputs))) == [0, 0]
     assert contents(again) == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("killed", "message"),
+    [
+        (0, "refused by 1: rank 1: rank 0 cannot be reached any more"),
+        (1, "refused by 0: rank 1: has not been heard of"),
+    ],
+)
+def test_where_no_launcher_ends_the_others_they_end_by_themselves(
+    killed: int,
+    message: str,
+    run: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ranks, "BEAT_S", 0.05)
+    monkeypatch.setattr(ranks, "SILENCE_S", 2)
+    pids = start_ranks(2, lambda: run(tmp_path), {killed: lambda: die_before_rename(8)})
+    codes = exit_codes(pids, end_others=False)
+    assert (codes[killed], codes[1 - killed]) == (-signal.SIGKILL, 2)
+    said = capfd.readouterr().err
+    assert f"{message}" in said
+    assert "Traceback" not in said
+    assert exit_codes(start_ranks(2, lambda: run(tmp_path))) == [0, 0]
 
 
 def test_a_rank_that_fails_ends_all_with_one_error(

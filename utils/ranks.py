@@ -1,17 +1,19 @@
 """Ranks: the processes of one run that torchrun started on one machine or several, and what they tell each other.
 
 They share a file system and talk through torch's key-value store alone, the one that its process groups meet in too:
-a value that the first rank found, what each found for the first, how far all are, and that one failed. So nothing
-waits for a rank that has gone: every wait, and every batch, looks whether another has failed.
+a value that the first rank found, what each found for the first, how far all are, that one failed, and that each is
+still there. So nothing waits for a rank that has gone, also where no launcher ends the others: every wait, and every
+batch, looks whether another has failed or fallen silent.
 """
 
 import os
 import pickle
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from datetime import timedelta
 from io import StringIO
 from typing import TYPE_CHECKING, TypeVar
@@ -28,6 +30,8 @@ POLL_S = 0.1
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How long a rank that ends waits for the others to notice, before the store that it may hold is gone.
 FAREWELL_S = 10
+# How often a rank shows that it is still there, and how long it may keep silent.
+BEAT_S, SILENCE_S = 5, 120
 # Nothing is waited for in the store itself, only looked for; so this bounds one look.
 STORE_TIMEOUT = timedelta(minutes=5)
 
@@ -42,6 +46,11 @@ class Ranks:
     def __init__(self, rank: int = 0, n_ranks: int = 1, local_rank: int = 0, store: "Store | None" = None) -> None:
         self.rank, self.n_ranks, self.local_rank, self._store = rank, n_ranks, local_rank, store
         self._counts: Counter[str] = Counter()
+        self._beats: dict[int, tuple[int, float]] = {}  # of other ranks: the last one and when it was first seen
+        self._listen_at = 0.0
+        self._has_left = threading.Event()
+        if store is not None:
+            threading.Thread(target=self._beat, daemon=True).start()
 
     @property
     def is_first(self) -> bool:
@@ -82,9 +91,31 @@ class Ranks:
         return int(self._store.add(name, n))
 
     def check(self) -> None:
-        """Raise AnotherFailed where another rank has failed."""
+        """Raise AnotherFailed where another rank has failed, InputError where one that is needed has gone without a word."""
         if self._store is not None and self._store.check(["failed"]):
             raise AnotherFailed
+        self._listen()
+
+    def _beat(self) -> None:
+        assert self._store is not None
+        with suppress(RuntimeError):  # the store is gone, which the main thread will notice
+            while not self._has_left.wait(BEAT_S):
+                self._store.add(f"beats/{self.rank}", 1)
+
+    def _listen(self) -> None:
+        """The first rank listens to all others, they to the first."""
+        now = time.monotonic()
+        if self._store is None or now < self._listen_at:
+            return
+        self._listen_at = now + BEAT_S
+        for rank in range(1, self.n_ranks) if self.is_first else (0,):
+            beat = int(self._store.add(f"beats/{rank}", 0))
+            last, since = self._beats.get(rank, (-1, now))
+            if beat != last:
+                self._beats[rank] = beat, now
+            elif now - since > SILENCE_S and not self._store.check([f"left/{rank}"]):
+                message = f"rank {rank}: has not been heard of for {SILENCE_S} s, it was ended from outside perhaps"
+                raise InputError(f"{message}; look at what it wrote last and run again, it goes on from here")
 
     def device(self, name: str) -> str:
         """The torch device of this rank where the same one, or none, is asked for by all.
@@ -111,6 +142,9 @@ class Ranks:
         except AnotherFailed:
             self._leave()
             sys.exit(2)
+        except _store_error() as error:
+            message = f"rank {self.rank}: rank 0 cannot be reached any more, it was ended from outside perhaps"
+            raise InputError(f"{message}; look at what it wrote last and run again, it goes on from here") from error
         except BaseException as error:
             is_first_to_fail = self._store.compare_set("failed", "", str(self.rank)).decode() == str(self.rank)
             self._leave()
@@ -146,6 +180,8 @@ class Ranks:
         assert self._store is not None
         until = time.monotonic() + FAREWELL_S
         has_failed = self._store.check(["failed"])
+        self._has_left.set()
+        self._store.set(f"left/{self.rank}", "")
         self._store.add("left", 1)
         while has_failed and self._store.add("left", 0) < self.n_ranks and time.monotonic() < until:
             time.sleep(POLL_S)
@@ -154,6 +190,13 @@ class Ranks:
             return
         while self._store.add("gone", 0) < self.n_ranks - 1 and time.monotonic() < until:
             time.sleep(POLL_S)
+
+
+def _store_error() -> type[Exception]:
+    """What the store raises where it cannot be reached."""
+    from torch.distributed import DistError
+
+    return DistError
 
 
 def join_ranks() -> Ranks:
