@@ -11,6 +11,7 @@ Everything is tiny, so that a run takes half a second: what is tested is the ord
 """
 
 import argparse
+import os
 import random
 import re
 import shutil
@@ -189,6 +190,8 @@ def may_mount(where: Path) -> bool:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(1)
+    # In a fork torch makes its threads anew, and where two threads are the first to ask for them it fails.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
     rows, results = [], {}
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)

@@ -29,6 +29,8 @@ from transformers import (  # noqa: E402
 from utils import workers  # noqa: E402
 from utils.files import InputError  # noqa: E402
 
+# In a fork torch makes its threads anew, and where two threads are the first to ask for them it fails.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 workers.START_S = 0  # so that tests with two processes have two, little as their work is
 
 # Emoji with joiners, CJK, control characters, tabs, a byte order mark, combining marks, and plain prose.
