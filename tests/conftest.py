@@ -9,6 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+STAGES = (
+    "preprocess_dataset.py",
+    "extract_token_probs_and_memmap.py",
+    "save_token_trie_info.py",
+    "make_token_trie.py",
+    "eval.py",
+)
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

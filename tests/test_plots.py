@@ -1,6 +1,6 @@
 """Plots: each kind of file is drawn with its numbers, in the same bytes each time, and others are refused."""
 
-import importlib.util
+import importlib
 import json
 import re
 from pathlib import Path
@@ -12,18 +12,12 @@ import pytest
 
 from utils.files import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("matplotlib", reason="matplotlib, of requirements-dev.txt, is not installed")
 
 
 @pytest.fixture(scope="module")
 def plots() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plots", ROOT / "benchmarks/plots.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmarks.plots")
 
 
 def setting(perplexity: float) -> dict[str, float]:

@@ -12,17 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, STAGES
 
 from utils.progress import LOGGER, ProgressBar, phase, set_verbosity
-
-ROOT = Path(__file__).resolve().parent.parent
-STAGES = (
-    "preprocess_dataset.py",
-    "extract_token_probs_and_memmap.py",
-    "save_token_trie_info.py",
-    "make_token_trie.py",
-    "eval.py",
-)
 
 
 @pytest.fixture(autouse=True)

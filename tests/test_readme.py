@@ -5,31 +5,22 @@
 
 import argparse
 import ast
-import importlib.util
+import importlib
 import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from string import Template
 from types import ModuleType
 from unittest.mock import patch
 
 import pytest
+from conftest import ROOT, STAGES
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 READMES = (ROOT / "README.md", ROOT / "examples/README.md")
 PIPELINE = "run_pipeline.sh"
 INSPECTOR = "utils/inspect_datastore.py"
-STAGES = (
-    "preprocess_dataset.py",
-    "extract_token_probs_and_memmap.py",
-    "save_token_trie_info.py",
-    "make_token_trie.py",
-    "eval.py",
-)
 TABLE = re.compile(r"<!-- flags of (\S+) -->\n(.*?)<!-- end of flags -->\n", re.DOTALL)
 DEFAULT = re.compile(r"\s*\(default: (.*)\)$")
 
@@ -75,12 +66,7 @@ OF_PIPELINE = [(readme, words[1:]) for readme, words in COMMANDS if words[0] == 
 
 
 def load(script: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
 
 
 @pytest.mark.parametrize(("readme", "words"), OF_SCRIPTS, ids=lambda value: value[0] if isinstance(value, list) else "")

@@ -1,6 +1,6 @@
 """The shell scripts' flags, and the embedded example's prompts. What needs an installation or minutes is not run."""
 
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -10,21 +10,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import ROOT, STAGES
 
 from utils.files import InputError
 from utils.prompts import read_prompts
 from utils.python_docs import split_of
 
-ROOT = Path(__file__).resolve().parent.parent
 WALK_THROUGHS = ("self_distillation", "knowledge_distillation", "expert_facts")
 SCRIPTS = ("run_pipeline.sh", "run_tests.sh", ".ci/run", *(f"examples/{name}.sh" for name in WALK_THROUGHS))
-STAGES = (
-    "preprocess_dataset.py",
-    "extract_token_probs_and_memmap.py",
-    "save_token_trie_info.py",
-    "make_token_trie.py",
-    "eval.py",
-)
 
 
 def pipeline(
@@ -229,12 +222,7 @@ def test_wrong_value_for_the_last_stage_stops_before_the_first(checkout: Path, m
 
 @pytest.fixture(scope="module")
 def make_prompts() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_prompts", ROOT / "examples/make_prompts.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("examples.make_prompts")
 
 
 def test_example_prompts_are_held_out() -> None:
