@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch_size",
         type=positive_int,
-        help="windows of one forward pass (default: what an earlier run took, else on a CPU 4096 tokens, on a GPU 32768 "
+        help="windows of one forward pass (default: what an earlier run took, else on a CPU 2048 tokens, on a GPU 32768 "
         "tokens, halved until they fit)",
     )
     parser.add_argument(

@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
@@ -35,6 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import extract_token_probs_and_memmap as stage_2
 from benchmarks.common import Spread, measure, table, write_json
+from benchmarks.memory import run_measured
 from utils.cli import Parser, positive_int, run_script
 from utils.corpora import read_passages, split_path
 from utils.files import write_json_list
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             results["speed"].append({"model": name, **found})
             print(table(["", name], speed_rows(found)), end="\n\n", flush=True)
         results["growth"] = measure_growth(data_dir, work, args.memory_passages)
-        print(table(["tokens", "peak memory, MB", "disk, MB", "tokens/s"], growth_rows(results["growth"])))
+        print(table(["tokens", "peak memory, MB", "of it in no file", "disk, MB", "tokens/s"], growth_rows(results["growth"])))
     if args.output:
         write_json(args.output, torch.device("cpu"), argv, results)
 
@@ -242,22 +242,12 @@ def measure_growth(
         text = write_text(data_dir, work / "copies", n_passages, n_copies)
         flags = ["--model_path", model, "--data_dir", text, "--partition", "train", "--construct_memmap", "--quiet"]
         with fresh(work / "out") as out:
-            started = time.perf_counter()
-            peak = peak_bytes([sys.executable, stage_2.__file__, *flags, "--output_dir", out])
-            seconds = time.perf_counter() - started
+            usage = run_measured([sys.executable, stage_2.__file__, *flags, "--output_dir", out])
             n_tokens = json.loads((out / "train_manifest.json").read_text())["results"]["n_tokens"]
             disk = sum(path.stat().st_blocks * 512 for path in out.rglob("*"))
-        found.append({"tokens": n_tokens, "peak_bytes": peak, "disk_bytes": disk, "seconds": seconds})
+        peaks = {"peak_bytes": usage.peak_bytes, "peak_anonymous_bytes": usage.peak_anonymous_bytes}
+        found.append({"tokens": n_tokens, **peaks, "disk_bytes": disk, "seconds": usage.seconds})
     return found
-
-
-def peak_bytes(command: list[Any]) -> int:
-    """The most memory that a command had at a time."""
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, command
-    return usage.ru_maxrss * 1024
 
 
 # ---- Shown
@@ -287,6 +277,7 @@ def growth_rows(found: list[dict[str, Any]]) -> list[list[str]]:
         [
             f"{one['tokens']:,}",
             f"{one['peak_bytes'] / MILLION:,.0f}",
+            f"{one['peak_anonymous_bytes'] / MILLION:,.0f}",
             f"{one['disk_bytes'] / MILLION:,.0f}",
             f"{one['tokens'] / one['seconds']:,.0f}",
         ]

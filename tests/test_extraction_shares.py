@@ -346,9 +346,9 @@ def test_without_a_batch_size_later_runs_take_that_of_the_first(
     without = flags[: flags.index("--batch_size")]
     run_stage(STAGE, *without, "--output_dir", tmp_path)
     manifest = json.loads((tmp_path / "train_manifest.json").read_text())
-    assert manifest["arguments"]["batch_size"] == 4096 // 24
-    run_stage(STAGE, *without, "--output_dir", tmp_path, "--batch_size", 170)
-    with pytest.raises(InputError, match="was made with --batch_size 170, this run has 3"):
+    assert manifest["arguments"]["batch_size"] == 2048 // 24
+    run_stage(STAGE, *without, "--output_dir", tmp_path, "--batch_size", 85)
+    with pytest.raises(InputError, match="was made with --batch_size 85, this run has 3"):
         run(tmp_path)
     run(tmp_path / "three")
     run_stage(STAGE, *without, "--output_dir", tmp_path / "three", "--save_hidden_states")

@@ -36,7 +36,7 @@ SLICE_VALUES = {"cpu": 1 << 18, "cuda": 1 << 24}
 # Batches that wait for the writer, in memory; more would not help a disk that is slower than the model.
 MAX_PENDING_BATCHES = 4
 # Batches that are found without a --batch_size. A CPU gains nothing by more tokens; a GPU is given as many as fit.
-CPU_BATCH_TOKENS = 1 << 12
+CPU_BATCH_TOKENS = 1 << 11
 GPU_BATCH_TOKENS = 1 << 15
 
 
