@@ -78,7 +78,12 @@ def main(argv: list[str] | None = None) -> None:
             results["speed"].append({"model": name, **found})
             print(table(["", name], speed_rows(found)), end="\n\n", flush=True)
         results["growth"] = measure_growth(data_dir, work, args.memory_passages)
-        print(table(["tokens", "peak memory, MB", "of it in no file", "disk, MB", "tokens/s"], growth_rows(results["growth"])))
+        print(
+            table(
+                ["tokens", "peak memory, MB", "of it in no file", "disk, MB", "tokens/s"],
+                growth_rows(results["growth"]),
+            )
+        )
     if args.output:
         write_json(args.output, torch.device("cpu"), argv, results)
 

@@ -48,9 +48,13 @@ def read_map(path: Path) -> AcceptanceMap:
         similarities, probabilities = (
             np.array(found[key], dtype=np.float64) for key in ("similarities", "probabilities")
         )
-        is_map = similarities.shape == probabilities.shape == (len(found["similarities"]),) and len(similarities) > 0
-        is_map &= bool((np.diff(similarities) > 0).all() and (np.diff(probabilities) >= 0).all())
-        is_map &= bool(np.isfinite(similarities).all()) and 0 <= probabilities[0] <= probabilities[-1] < 1
+        is_map = (
+            similarities.shape == probabilities.shape == (len(found["similarities"]),)
+            and len(similarities) > 0
+            and bool((np.diff(similarities) > 0).all() and (np.diff(probabilities) >= 0).all())
+            and bool(np.isfinite(similarities).all())
+            and 0 <= probabilities[0] <= probabilities[-1] < 1
+        )
         origin = dict(found["origin"])
     except (KeyError, TypeError, ValueError, OverflowError):
         is_map = False
