@@ -25,7 +25,7 @@ from transformers import (
 
 from utils.chunks import find_chunks
 from utils.corpora import Passage
-from utils.expert_spans import cuts_character, token_bounds
+from utils.expert_spans import ExpertSpans, cuts_character, token_bounds
 from utils.files import InputError
 from utils.windows import WindowShape, plan_windows
 
@@ -257,6 +257,18 @@ def spans_rows(token_ids: list[int], spans: list[int], skip: int = 0) -> list[Ro
         spans=np.array(spans),
     )
     return as_tuples(rows)
+
+
+@pytest.mark.parametrize("n_spans", [0, 3])
+def test_spans_at_places_are_those_that_hold_one(n_spans: int) -> None:
+    columns = np.array([[0, 2, 4, 7], [0, 4, 5, 8], [2, 1, 3, 9]])[:n_spans].reshape(-1, 4)
+    spans = ExpertSpans(*columns.T)
+    for place in [(window, position) for window in range(4) for position in range(7)]:
+        wanted = [span for window, first, end, span in columns if window == place[0] and first <= place[1] < end]
+        assert spans.spans_at(*np.array(place)[:, None]).tolist() == wanted
+    everywhere = np.divmod(np.arange(28), 7)
+    assert spans.spans_at(*everywhere).tolist() == sorted(columns[:, 3])
+    assert spans.spans_at(*np.zeros((2, 0), dtype=np.int64)).tolist() == []
 
 
 def test_spans_that_touch_are_two_chunks() -> None:

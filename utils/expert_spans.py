@@ -67,8 +67,8 @@ class ExpertSpans:
         longest = int(max(self.ends.max(initial=0), positions.max(initial=0))) + 1
         keys = windows.astype(np.int64) * longest + positions
         rows = np.searchsorted(self.windows * longest + self.firsts, keys, side="right") - 1
-        inside = (rows >= 0) & (keys < (self.windows * longest + self.ends)[rows])
-        return np.unique(self.spans[rows[inside]])
+        rows, keys = rows[rows >= 0], keys[rows >= 0]
+        return np.unique(self.spans[rows[keys < (self.windows * longest + self.ends)[rows]]])
 
 
 # ---- Characters
