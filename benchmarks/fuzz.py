@@ -166,16 +166,17 @@ def readers(folder: Path) -> list[Reader]:
             lambda at: read_map(at / "perplexity" / "acceptance_map.json")(0.5),
         ),
         Reader("results", ("results/prompt_0.json",), read_results),
+        Reader("results, verified", ("verified/prompt_0.json",), lambda at: write_summary(at / "verified")),
     ]
 
 
 def build(where: Path, model: Path = MODEL) -> Path:
     """A folder in which every stage was run."""
     stages = {stage.name: stage for stage in build_stages(model, where / "stages")}
-    last = stages["5 fit, perplexity"]
-    folder = Path(shutil.copytree(last.before, where / "whole"))
-    ended = run_in_fork(lambda: last.run(folder), folder)
-    assert not ended.status, ended.stderr
+    folder = Path(shutil.copytree(stages["5 fit, perplexity"].before, where / "whole"))
+    for name in ("5 fit, perplexity", "5 generate, verify"):
+        ended = run_in_fork(lambda name=name: stages[name].run(folder), folder)
+        assert not ended.status, ended.stderr
     (folder / "ids.json").write_text("[5, 17, 300]")
     lines = (
         {"text": "one", "turns": ["a", "b"]},

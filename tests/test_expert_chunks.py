@@ -271,6 +271,13 @@ def test_spans_at_places_are_those_that_hold_one(n_spans: int) -> None:
     assert spans.spans_at(*np.zeros((2, 0), dtype=np.int64)).tolist() == []
 
 
+def test_a_span_beyond_its_window_is_refused() -> None:
+    spans = ExpertSpans(*np.array([[3, 0, 5, 0], [4, 2, 10, 1]]).T)
+    assert spans.of_tokens(3, np.array([5, 10])).tolist() == [0] * 5 + [-1] * 2 + [1] * 8
+    with pytest.raises(InputError, match="an expert span reaches to token 10 of window 4, which has 9; delete"):
+        spans.of_tokens(3, np.array([5, 9]))
+
+
 def test_spans_that_touch_are_two_chunks() -> None:
     assert spans_rows([1, 2, 3, 4, 5, 6], [-1, 0, 0, 1, 1, -1]) == [
         (1, (2, 3), 0, 0),

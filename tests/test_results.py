@@ -346,6 +346,8 @@ def _with(value: Any, *keys: str) -> Callable[[dict[str, Any]], None]:
         _with(3, "generation", "generation_t0.5_retrieved_phrases"),
         _with("2", "metrics", CHUNK, "new_tokens"),
         _with("fast", "metrics", CHUNK, "tts"),
+        _with(None, "metrics", CHUNK, "nll"),
+        _with(5, "metrics", CHUNK, "drafts"),
         _with([], "trace"),
         _with({}, "trace", CHUNK),
         _with([2, 3], "trace", CHUNK, "tokens"),

@@ -52,10 +52,19 @@ class ExpertSpans:
         return is_small and bool((self.firsts < self.ends).all() and is_after.all())
 
     def of_tokens(self, first_window: int, window_lengths: np.ndarray) -> np.ndarray:
-        """(T,) int64: the span of each token of consecutive windows (W,), one after the other; -1 outside of spans."""
+        """(T,) int64: the span of each token of consecutive windows (W,), one after the other; -1 outside of spans.
+
+        Raises InputError where a span reaches beyond its window.
+        """
         starts_of_windows = np.cumsum(window_lengths) - window_lengths
         ids = np.full(int(window_lengths.sum()), -1, dtype=np.int64)
         here = slice(*np.searchsorted(self.windows, [first_window, first_window + len(window_lengths)]))
+        reaches_over = self.ends[here] > window_lengths[self.windows[here] - first_window]
+        if reaches_over.any():
+            window = self.windows[here][reaches_over][0]
+            got = f"an expert span reaches to token {self.ends[here][reaches_over][0]} of window {window}"
+            n_tokens = window_lengths[window - first_window]
+            raise InputError(f"{got}, which has {n_tokens}; delete stage 2's …_expert_spans.json and run stage 2 again")
         lengths = self.ends[here] - self.firsts[here]
         starts = starts_of_windows[self.windows[here] - first_window] + self.firsts[here]
         places = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())

@@ -322,13 +322,21 @@ def _is_sound_run(results: Results, name: str) -> bool:
     has_tokens = isinstance(generation[f"{name}_text"], str) and _are_ids(token_ids)
     has_counts = _are_ids([metrics[key] for key in COUNTS])
     has_seconds = all(_is_number(metrics[key]) for key in SECONDS)
-    has_seconds &= all(metrics.get(key) is None or _is_number(metrics[key]) for key in ("tts", "nll"))
+    has_seconds &= (metrics.get("tts") is None or _is_number(metrics["tts"])) and _is_number(metrics.get("nll", 0))
+    has_drafts = "drafts" not in metrics or _are_sound_drafts(metrics)
     has_phrases = all(
         _are_ids([phrase["position"], *phrase["token_ids"]]) and _is_number(phrase["similarity"]) for phrase in phrases
     )
-    if not (has_tokens and has_counts and has_seconds and has_phrases and isinstance(results["settings"][name], dict)):
+    has_settings = isinstance(results["settings"][name], dict)
+    if not (has_tokens and has_counts and has_seconds and has_drafts and has_phrases and has_settings):
         return False
     return metrics["prompt_tokens"] + metrics["new_tokens"] == len(token_ids)
+
+
+def _are_sound_drafts(metrics: Mapping[str, Any]) -> bool:
+    by_position = [metrics[f"{kind}_by_position"] for kind in ("drafted", "accepted")]
+    has_counts = all(map(_are_ids, ([metrics[key] for key in DRAFT_COUNTS], *by_position)))
+    return has_counts and len(by_position[0]) == len(by_position[1])
 
 
 def _is_sound_trace(columns: Mapping[str, Any]) -> bool:
