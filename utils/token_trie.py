@@ -445,14 +445,14 @@ def write_context_vectors(
         offsets = _create_h5(temporary, depths, *vector_type)
         # The rows are written past HDF5, whose errors on a full disk leave its file open and surface at exit.
         with open(temporary, "r+b", buffering=0) as file:
-            summed = SummedFile(file)
+            held = SummedFile(file)
             bounds = pairwise([0, *accumulate(depths.values())])
             for offset, (first, end) in sorted(zip(offsets, bounds, strict=True)):
-                summed.read_to(offset)
+                held.read_to(offset)
                 for row in range(first, end, n_block):
-                    summed.write(take(row, min(row + n_block, end)))
-            summed.read_to(None)
-    return {path.name: summed.written}
+                    held.write(take(row, min(row + n_block, end)))
+            held.read_to(None)
+    return {path.name: held.written}
 
 
 def _create_h5(path: Path, depths: dict[int, int], hidden_size: int, dtype: np.dtype) -> list[int]:

@@ -47,9 +47,10 @@ def in_processes(
 ) -> Iterator[Result]:
     """Yield the results of some tasks, done by at most `max_workers` processes; by this one alone where there is little to do.
 
-    prepare: called once in each process, gives the function that does a task; pickled, like tasks and results.
-    in_order: results come in the order of the tasks, else as they end. At most `TASKS_AHEAD` tasks per process are
-    handed out at a time. An error of a task is raised here; InputError, which begins with `where`, if a process died.
+    tasks: the largest first, where they differ; prepare: called once in each process, gives the function that does a
+    task; pickled, like tasks and results; in_order: results come in the order of the tasks, else as they end. At most
+    `TASKS_AHEAD` tasks per process are handed out at a time. An error of a task is raised here; InputError, which begins
+    with `where`, if a process died.
     """
     waiting = deque(tasks)
     if not waiting:
@@ -58,11 +59,14 @@ def in_processes(
     server_ready_at = start_server(n_workers, getattr(prepare, "func", prepare).__module__)
     if n_workers == 1 or time.monotonic() < server_ready_at:
         work = prepare()
+        # Small ones first, so that it is soon done with what it has begun.
+        take = waiting.popleft if in_order or n_workers == 1 else waiting.pop
         while waiting and (n_workers == 1 or time.monotonic() < server_ready_at):
-            yield work(waiting.popleft())
+            yield work(take())
         del work
     if not waiting:
         return
+    n_workers = min(n_workers, len(waiting))
     with ProcessPoolExecutor(n_workers, _CONTEXT, _start_worker, (prepare,)) as pool:
         under_way: deque[Future[Result]] = deque()
 
