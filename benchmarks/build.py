@@ -18,8 +18,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ if __name__ == "__main__":  # found from wherever the script is started
 
 import torch
 
-from benchmarks.common import Spread, hardware, table, write_json
+from benchmarks.common import Spread, hardware, seconds_of, spread_text, table, write_json
 from benchmarks.extraction_speed import measure_extraction
 from benchmarks.memory import Usage, run_measured
 from benchmarks.synthetic import CHUNK_SIZE, PARTITION, SyntheticExtraction, token_prob_files
@@ -205,12 +203,6 @@ def parse_all(folder: Path) -> None:
         json.loads(path.read_bytes())
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
 def files_bytes(folder: Path, suffix: str) -> int:
     return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(suffix))
 
@@ -223,13 +215,13 @@ def folder_bytes(folder: Path) -> int:
 
 
 def show_extraction(figures: dict[str, Any]) -> str:
-    rows = [[name, spread_text(value)] for name, value in figures.items() if isinstance(value, (dict, int, float))]
+    rows = [[name, figure_text(value)] for name, value in figures.items() if isinstance(value, (dict, int, float))]
     return "stage 2\n" + table(["figure", "value"], rows)
 
 
-def spread_text(value: Any) -> str:
+def figure_text(value: Any) -> str:
     if isinstance(value, dict) and "median" in value:
-        return f"{value['median']:.3g} ({value['low_quartile']:.3g} to {value['high_quartile']:.3g})"
+        return spread_text(value)
     return ", ".join(f"{k} {v:.4g}" for k, v in value.items()) if isinstance(value, dict) else f"{value:,.6g}"
 
 

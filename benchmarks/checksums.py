@@ -23,26 +23,21 @@ import torch
 
 import make_token_trie
 import save_token_trie_info
-from benchmarks.common import table, write_json
+from benchmarks.common import seconds_of, table, write_json
 from utils import checksums, datastore
+from utils.cli import Parser, run_script
 from utils.files import read_manifest
 from utils.token_trie import HIDDEN_STATES_MANIFEST, HIDDEN_STATES_STAGE, MANIFEST, STAGE, trie_folder_path
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--extracted", type=Path, required=True, help="stage 2's --output_dir, with the .h5")
-    parser.add_argument("--partition", default="train", help="(default: %(default)s)")
+    parser.add_argument("--partition", default="train", help="of the extracted text")
     parser.add_argument("--model", required=True, help="whose tokenizer stage 2 used")
-    parser.add_argument("--tok_prob_threshold", type=float, default=0.1, help="γ (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("checksums.json"), help="(default: %(default)s)")
+    parser.add_argument("--tok_prob_threshold", type=float, default=0.1, help="γ")
+    parser.add_argument("--output", type=Path, default=Path("checksums.json"), help="file for the figures")
     return parser.parse_args(argv)
-
-
-def timed(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 class Listing:
@@ -97,12 +92,12 @@ def main(argv: list[str] | None = None) -> None:
             ),
         ]
         for name, run, path, stage in steps:
-            seconds = timed(run)
+            seconds = seconds_of(run)
             listed_s = listing.taken()
             manifest = read_manifest(path, stage)
             files = [path.parent / each for each in checksums.read_list(path, manifest)]
             sizes_s, verify_s = (
-                timed(lambda: checksums.require_as_written(path, manifest, files, verify=verify))  # noqa: B023
+                seconds_of(lambda: checksums.require_as_written(path, manifest, files, verify=verify))  # noqa: B023
                 for verify in (False, True)
             )
             n_bytes = manifest.files["n_bytes"]
@@ -126,4 +121,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

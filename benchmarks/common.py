@@ -76,6 +76,18 @@ def measure(
     return {name: Spread(tuple(values)) for name, values in seconds.items()}
 
 
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds that one run takes."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def spread_text(found: Mapping[str, Any]) -> str:
+    """A spread that was made JSON, as `Spread.text` writes one."""
+    return f"{found['median']:.3g} ({found['low_quartile']:.3g} to {found['high_quartile']:.3g})"
+
+
 def _wait_for(device: torch.device | None) -> None:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -33,7 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import extract_token_probs_and_memmap as stage_2
-from benchmarks.common import Spread, measure, table, write_json
+from benchmarks.common import Spread, measure, spread_text, table, write_json
 from benchmarks.memory import run_measured
 from utils.cli import Parser, positive_int, run_script
 from utils.corpora import read_passages, split_path
@@ -260,9 +260,7 @@ def measure_growth(
 
 def speed_rows(found: dict[str, Any]) -> list[list[str]]:
     def shown(spread: dict[str, Any] | None) -> str:
-        if spread is None:
-            return "-"
-        return f"{spread['median']:.3g} ({spread['low_quartile']:.3g} to {spread['high_quartile']:.3g})"
+        return "-" if spread is None else spread_text(spread)
 
     two = found["two_processes"]
     return [
