@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from crashes import CHANGES, DATASTORE, WRITING, build_stages, run_in_fork
 from mutations import mutate
+from processes import use_one_thread_in_forks
 
 from benchmarks.common import table, write_json
 from utils import checksums
@@ -313,7 +314,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    torch.set_num_threads(1)
+    use_one_thread_in_forks()
     rows, results, started = [], {}, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)

@@ -11,7 +11,6 @@ Everything is tiny, so that a run takes half a second: what is tested is the ord
 """
 
 import argparse
-import os
 import random
 import re
 import shutil
@@ -30,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 from crashes import Crash, Ended, Stage, build_stages, content, count_operations, difference, run_in_fork
+from processes import use_one_thread_in_forks
 
 from benchmarks.common import table, write_json
 
@@ -189,9 +189,7 @@ def may_mount(where: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    torch.set_num_threads(1)
-    # In a fork torch makes its threads anew, and where two threads are the first to ask for them it fails.
-    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+    use_one_thread_in_forks()
     rows, results = [], {}
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)

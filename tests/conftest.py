@@ -19,10 +19,11 @@ STAGES = (
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# More would only wait for each other on models this small; and a fork of a process that has used them hangs.
+# More would only wait for each other on models this small.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
+from processes import use_one_thread_in_forks  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import (  # noqa: E402
     GPT2Config,
@@ -36,8 +37,7 @@ from transformers import (  # noqa: E402
 from utils import workers  # noqa: E402
 from utils.files import InputError  # noqa: E402
 
-# In a fork torch makes its threads anew, and where two threads are the first to ask for them it fails.
-os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+use_one_thread_in_forks()
 workers.START_S = 0  # so that tests with two processes have two, little as their work is
 
 # Emoji with joiners, CJK, control characters, tabs, a byte order mark, combining marks, and plain prose.

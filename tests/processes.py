@@ -9,6 +9,15 @@ from collections.abc import Callable
 from utils.files import InputError
 
 
+def use_one_thread_in_forks() -> None:
+    """Here too: a fork of a process whose torch has started threads may hang. And a fork makes its own anew, which
+    fails where two of its threads are the first to ask for them."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
 def in_child(run: Callable[[], None]) -> tuple[int, str]:
     """Run in a fork of this process, which may then spoil what it likes.
 

@@ -28,12 +28,6 @@ SHAPE = {"chunk_size": 24, "stride": 18, "min_length": 10}
 ALL_FILES = {".h5", "_index_to_seqlen.json", "_index_to_acc_index.json", "_manifest.json", "_checksums.txt"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """A fork of a process whose torch has started threads may hang."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(params=["gpt2_folder", "llama_folder"])
 def model_folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)

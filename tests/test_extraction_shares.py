@@ -29,12 +29,6 @@ FLAGS = ("--partition", "train", "--chunk_size", "24", "--stride", "18", "--min_
 N_PLACES = 1 << 40
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """A fork of a process whose torch has started threads may hang."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def flags(gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The command line but for the output folder."""
@@ -213,7 +207,7 @@ def test_a_wait_ends_where_another_rank_has_failed(tmp_path: Path) -> None:
     assert waiting.share("value", lambda: [1, 2]) == failing.share("value", lambda: None) == [1, 2]
     assert (waiting.add("tokens", 3), failing.add("tokens", 4)) == (3, 7)
     assert failing.gather("found", "mine") == []
-    store.add("left", 1)  # as if the other had noticed already
+    store.set("left/0", "")  # as if the other had noticed already
     with pytest.raises(InputError, match="too bad"), failing.failing_together():
         raise InputError("too bad")
     with pytest.raises(AnotherFailed):

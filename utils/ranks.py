@@ -182,8 +182,8 @@ class Ranks:
         has_failed = self._store.check(["failed"])
         self._has_left.set()
         self._store.set(f"left/{self.rank}", "")
-        self._store.add("left", 1)
-        while has_failed and self._store.add("left", 0) < self.n_ranks and time.monotonic() < until:
+        all_left = [f"left/{rank}" for rank in range(self.n_ranks)]
+        while has_failed and not self._store.check(all_left) and time.monotonic() < until:
             time.sleep(POLL_S)
         if not self.is_first:
             self._store.add("gone", 1)
