@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
         args.skip_first_tokens = overlap if expert_spans is None else 0
     n_workers = n_workers_for(args.max_workers)
     unit_bytes = unit_bytes_in(args.max_memory_gb, n_workers)
-    start_server(n_workers, "utils.chunk_lists")  # the tokenizer takes longer to load
+    if n_workers > 1:
+        start_server("utils.chunk_lists")  # the tokenizer takes longer to load
     n_token_ids = check_tokenizer(args, extraction)
     corpus = Corpus(token_prob_dir, extraction.results, n_token_ids, expert_spans)
     make_folder(args.output_dir)

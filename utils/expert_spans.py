@@ -59,14 +59,14 @@ class ExpertSpans:
         starts_of_windows = np.cumsum(window_lengths) - window_lengths
         ids = np.full(int(window_lengths.sum()), -1, dtype=np.int64)
         here = slice(*np.searchsorted(self.windows, [first_window, first_window + len(window_lengths)]))
-        reaches_over = self.ends[here] > window_lengths[self.windows[here] - first_window]
-        if reaches_over.any():
-            window = self.windows[here][reaches_over][0]
-            got = f"an expert span reaches to token {self.ends[here][reaches_over][0]} of window {window}"
-            n_tokens = window_lengths[window - first_window]
-            raise InputError(f"{got}, which has {n_tokens}; delete stage 2's …_expert_spans.json and run stage 2 again")
-        lengths = self.ends[here] - self.firsts[here]
-        starts = starts_of_windows[self.windows[here] - first_window] + self.firsts[here]
+        windows, firsts, ends = self.windows[here] - first_window, self.firsts[here], self.ends[here]
+        if len(rows := np.flatnonzero(ends > window_lengths[windows])):
+            row = rows[0]
+            got = f"an expert span reaches to token {ends[row]} of window {self.windows[here][row]}, which has"
+            remedy = "delete stage 2's …_expert_spans.json and run stage 2 again"
+            raise InputError(f"{got} {window_lengths[windows[row]]}; {remedy}")
+        lengths = ends - firsts
+        starts = starts_of_windows[windows] + firsts
         places = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
         ids[places] = np.repeat(self.spans[here], lengths)
         return ids

@@ -56,12 +56,12 @@ def in_processes(
     if not waiting:
         return
     n_workers = min(max_workers, len(waiting))
-    server_ready_at = start_server(n_workers, getattr(prepare, "func", prepare).__module__)
-    if n_workers == 1 or time.monotonic() < server_ready_at:
+    alone_until = math.inf if n_workers == 1 else start_server(getattr(prepare, "func", prepare).__module__)
+    if time.monotonic() < alone_until:
         work = prepare()
         # Small ones first, so that it is soon done with what it has begun.
         take = waiting.popleft if in_order or n_workers == 1 else waiting.pop
-        while waiting and (n_workers == 1 or time.monotonic() < server_ready_at):
+        while waiting and time.monotonic() < alone_until:
             yield work(take())
         del work
     if not waiting:
@@ -92,15 +92,15 @@ def in_processes(
 _server_ready_at = math.inf  # on time.monotonic's clock
 
 
-def start_server(max_workers: int, *modules: str) -> float:
-    """Have the server of worker processes start, if it has not yet, and load the modules that their work is in.
+def start_server(module: str) -> float:
+    """Have the server of worker processes start, if it has not yet, and load the module that their work is in.
 
     Returns when it is likely to be ready, on `time.monotonic`'s clock. Called early, it starts while this process does
     what it has to do first.
     """
     global _server_ready_at
-    if max_workers > 1 and _server_ready_at == math.inf:
-        _CONTEXT.set_forkserver_preload([__name__, *modules])
+    if _server_ready_at == math.inf:
+        _CONTEXT.set_forkserver_preload([__name__, module])
         # It answers Ctrl-C with a traceback until it has started.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         with _without_main():
