@@ -11,29 +11,28 @@ Run     python eval.py --model_path gpt2 --token_trie_dir out --dataset wikitext
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.cli import (
+    COSINE,
+    NON_NEGATIVE_INT,
+    POSITIVE_INT,
     Parser,
+    Range,
     StageParser,
     add_datastore_labels,
     add_excluded_tries,
     add_model,
     add_verify_checksums,
-    cosine,
-    draft_size,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
-    positive_int,
-    probability,
     run_script,
-    top_p,
-    window_size,
 )
-from utils.display import use_colour
-from utils.files import make_folder, require_file, require_folder, sole_writer
-from utils.prompts import read_prompts, repeated, require_template
-from utils.token_trie import find_trie_folder, read_token_id_list
+from utils.datastore.trie_files import find_trie_folder, read_token_id_list
+from utils.files import exclusive_lock, make_folder, require_file, require_folder
+from utils.tables import use_colour
+from utils.text.prompts import Prompt, read_prompts, repeated, require_template
+
+if TYPE_CHECKING:
+    from utils.evaluation.runner import EvaluationSettings
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -45,9 +44,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_excluded_tries(parser)
     add_verify_checksums(parser)
     parser.add_argument("--exclude_huge_token_tries", action="store_true", help="leave out tries over --huge_trie_rows")
-    parser.add_argument("--huge_trie_rows", type=positive_int, default=100_000, help="rows that make a trie huge")
+    parser.add_argument("--huge_trie_rows", type=POSITIVE_INT, default=100_000, help="rows that make a trie huge")
     parser.add_argument("--no_reprocessing", action="store_true", help="take the flattened tries as they are")
-    parser.add_argument("--trie_cache_gb", type=positive_float, default=4.0, help="GB of tries kept in memory")
+    parser.add_argument("--trie_cache_gb", type=Range(float, above=0), default=4.0, help="GB of tries kept in memory")
     parser.add_argument("--move_trie_to_gpu", action="store_true", help="hold all tries on --device from the start")
     parser.add_argument("--prompt_file", type=Path, help="prompts: JSON list or JSON Lines")
     parser.add_argument("--prompt_template", help="text around each prompt, such as 'Q: {prompt}\\nA:' (default: none)")
@@ -56,7 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace runs of other settings in --save_dir")
     parser.add_argument(
         "--similarity_threshold",
-        type=cosine,
+        type=COSINE,
         default=0.5,
         help="θ in [-1, 1]: cosine similarity from which a chunk is accepted; 1 disables retrieval",
     )
@@ -66,7 +65,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="threshold",
         help="threshold accepts iff similarity >= θ; bernoulli with probability (s - η) / (1 - η), η = 2θ - 1",
     )
-    parser.add_argument("--q_max", type=probability, default=0.999, help="highest acceptance probability of bernoulli")
+    parser.add_argument(
+        "--q_max",
+        type=Range(float, above=0, below=1),
+        default=0.999,
+        help="highest acceptance probability of bernoulli",
+    )
     parser.add_argument(
         "--decoding",
         choices=("chunk", "verify"),
@@ -78,14 +82,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--acceptance_map", type=Path, help="fitted map of similarity to acceptance probability, in the place of θ's"
     )
-    parser.add_argument("--max_new_tokens", type=positive_int, default=50, help="tokens per prompt, at most")
-    parser.add_argument("--temperature", type=non_negative_float, default=1.0, help="of the LM's tokens; 0 is greedy")
+    parser.add_argument("--max_new_tokens", type=POSITIVE_INT, default=50, help="tokens per prompt, at most")
     parser.add_argument(
-        "--top_k", type=non_negative_int, default=0, help="draw from the k likeliest tokens; 0: from all"
+        "--temperature", type=Range(float, least=0), default=1.0, help="of the LM's tokens; 0 is greedy"
     )
-    parser.add_argument("--top_p", type=top_p, default=1.0, help="draw from the likeliest tokens of this total mass")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="same seed, same text, on one machine")
-    parser.add_argument("--batch_size", type=positive_int, default=1, help="prompts decoded together")
+    parser.add_argument(
+        "--top_k", type=NON_NEGATIVE_INT, default=0, help="draw from the k likeliest tokens; 0: from all"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=Range(float, above=0, most=1),
+        default=1.0,
+        help="draw from the likeliest tokens of this total mass",
+    )
+    parser.add_argument("--seed", type=NON_NEGATIVE_INT, default=0, help="same seed, same text, on one machine")
+    parser.add_argument("--batch_size", type=POSITIVE_INT, default=1, help="prompts decoded together")
     parser.add_argument(
         "--cuda_graphs",
         action="store_true",
@@ -118,9 +129,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def add_drafts(parser: Parser) -> None:
     drafts = parser.add_argument_group("drafts (with --decoding verify)")
     drafts.add_argument("--draft_shape", choices=("tree", "line"), default="tree", help="a prefix tree, or one branch")
-    drafts.add_argument("--max_draft_tokens", type=draft_size, default=16, help="tokens of a draft, at most")
-    drafts.add_argument("--draft_neighbors", type=positive_int, default=64, help="rows that vote, the most similar")
-    drafts.add_argument("--draft_temperature", type=positive_float, default=0.05, help="of the votes, in similarity")
+    drafts.add_argument(
+        "--max_draft_tokens", type=Range(int, least=1, most=256), default=16, help="tokens of a draft, at most"
+    )
+    drafts.add_argument("--draft_neighbors", type=POSITIVE_INT, default=64, help="rows that vote, the most similar")
+    drafts.add_argument(
+        "--draft_temperature", type=Range(float, above=0), default=0.05, help="of the votes, in similarity"
+    )
     drafts.add_argument(
         "--live",
         choices=("off", "sequence", "session"),
@@ -142,7 +157,7 @@ def add_texts(parser: Parser) -> None:
     )
     texts.add_argument(
         "--sweep_similarity_threshold",
-        type=cosine,
+        type=COSINE,
         nargs="+",
         metavar="θ",
         help="evaluate the perplexity at each of these",
@@ -150,10 +165,12 @@ def add_texts(parser: Parser) -> None:
     texts.add_argument(
         "--fit_acceptance", type=Path, help="passages to fit the acceptance map to; it is saved in --save_dir and used"
     )
-    texts.add_argument("--perplexity_window", type=window_size, default=512, help="tokens of a window of these texts")
-    texts.add_argument("--max_windows", type=positive_int, help="only the first windows (default: all)")
-    texts.add_argument("--perplexity_batch_size", type=positive_int, default=8, help="windows the LM reads together")
-    texts.add_argument("--num_return_sequences", type=positive_int, default=1, help="texts generated for each prompt")
+    texts.add_argument(
+        "--perplexity_window", type=Range(int, least=2), default=512, help="tokens of a window of these texts"
+    )
+    texts.add_argument("--max_windows", type=POSITIVE_INT, help="only the first windows (default: all)")
+    texts.add_argument("--perplexity_batch_size", type=POSITIVE_INT, default=8, help="windows the LM reads together")
+    texts.add_argument("--num_return_sequences", type=POSITIVE_INT, default=1, help="texts generated for each prompt")
     texts.add_argument(
         "--save_as_corpus", type=Path, metavar="DIR", help="write prompts and generated texts as a stage 1 corpus"
     )
@@ -177,13 +194,82 @@ def main(argv: list[str] | None = None) -> None:
     make_folder(args.save_dir)
     if args.report:
         make_folder(args.report.parent)
-    # What follows takes seconds to import, which wrong input need not wait for.
-    from utils.evaluation import Evaluation
+    # Imported late: torch takes seconds, and wrong input is answered before.
+    from utils.evaluation.runner import Evaluation
 
-    with sole_writer(args.save_dir, "eval"):
-        evaluation = Evaluation(args, prompts, trie_folder, excluded)
+    with exclusive_lock(args.save_dir, "eval"):
+        evaluation = Evaluation(settings_of(args, prompts, trie_folder, excluded))
         evaluation.run()
-    print(evaluation.report(colour=use_colour(sys.stdout)))
+    print(evaluation.summary(colour=use_colour(sys.stdout)))
+
+
+def settings_of(
+    args: argparse.Namespace, prompts: list[Prompt], trie_folder: Path | None, excluded: frozenset[int]
+) -> "EvaluationSettings":
+    """The flags by what they are about."""
+    from utils.decoding.draft import DraftSettings
+    from utils.evaluation import runner
+
+    datastore = None
+    if trie_folder is not None:
+        datastore = runner.DatastoreSettings(
+            trie_folder=trie_folder,
+            dataset=args.dataset_name,
+            partition=args.partition,
+            tok_prob_threshold=args.tok_prob_threshold,
+            excluded=excluded,
+            max_rows=args.huge_trie_rows if args.exclude_huge_token_tries else None,
+            max_bytes=int(args.trie_cache_gb * 1e9),
+            move_to_device=args.move_trie_to_gpu,
+            reprocess=not args.no_reprocessing,
+            verify_checksums=args.verify_checksums,
+        )
+    drafts = DraftSettings(
+        shape=args.draft_shape,
+        max_tokens=args.max_draft_tokens,
+        neighbors=args.draft_neighbors,
+        temperature=args.draft_temperature,
+        live=args.live,
+    )
+    generation = runner.GenerationSettings(
+        prompts=prompts,
+        prompt_file=args.prompt_file,
+        template=args.prompt_template,
+        chat=args.chat,
+        runs="baseline" if args.gen_baseline_only else "both" if args.compare_baseline else "datastore",
+        decoding=args.decoding,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        cuda_graphs=args.cuda_graphs,
+        drafts=drafts,
+        draft_growth=args.draft_growth,
+        stream=args.stream,
+        overwrite=args.overwrite,
+        save_as_corpus=args.save_as_corpus,
+    )
+    texts = runner.TextSettings(
+        perplexity_file=args.perplexity_file,
+        fit_acceptance=args.fit_acceptance,
+        thresholds=args.sweep_similarity_threshold or [args.similarity_threshold],
+        window=args.perplexity_window,
+        max_windows=args.max_windows,
+        batch_size=args.perplexity_batch_size,
+    )
+    return runner.EvaluationSettings(
+        model=runner.ModelSettings(args.model_path, args.cache_dir, args.device, args.dtype),
+        datastore=datastore,
+        acceptance=runner.AcceptanceSettings(
+            args.similarity_threshold, args.acceptance, args.q_max, args.acceptance_map
+        ),
+        generation=generation,
+        texts=texts,
+        save_dir=args.save_dir,
+        report=args.report,
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Writes  OUTPUT_DIR/{partition}/token_probs_{i}.json           [[token text, prob
         OUTPUT_DIR/{partition}.dat                            the same rows raw, with --keep_dat
         OUTPUT_DIR/{partition}_expert_spans.json              [[window, first token, end, span], ...], where spans are marked
         OUTPUT_DIR/{partition}_manifest.json                  what all this was made from
+        OUTPUT_DIR/{partition}_plan.npy                       until all is done: the text's token ids and windows
 Run     python extract_token_probs_and_memmap.py --model_path gpt2 --data_dir data --output_dir out --partition train \\
             --save_hidden_states --construct_memmap
         torchrun --nproc_per_node 8 extract_token_probs_and_memmap.py ...                        on 8 GPUs
@@ -16,18 +17,16 @@ Run again after an interruption, it goes on where it was; with more outputs aske
 """
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from utils.cli import StageParser, add_model, boolean, non_negative_int, plain_name, positive_int, run_script
-from utils.corpora import Passage, read_passages, split_path
-from utils.expert_spans import N_SPANS
-from utils.extraction_job import Job, sole_extraction
-from utils.extraction_shares import Outcome, extract_missing
-from utils.files import make_folder
-from utils.ranks import Ranks, join_ranks
-from utils.windows import WindowShape, plan_windows
+from utils.cli import NON_NEGATIVE_INT, POSITIVE_INT, StageParser, add_model, boolean, file_name, run_script
+from utils.extraction.distributed import joined_ranks
+from utils.text.expert_spans import N_SPANS
+from utils.text.windows import WindowShape
+
+if TYPE_CHECKING:
+    from utils.extraction.run import ExtractionSettings, Outcome
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -35,26 +34,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_model(parser)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder that preprocess_dataset.py wrote")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the output")
-    parser.add_argument("--partition", type=plain_name, required=True, help="split to read, such as train")
-    parser.add_argument("--chunk_size", type=positive_int, default=512, help="most tokens of a window")
-    parser.add_argument("--stride", type=positive_int, default=448, help="tokens from a window's start to the next's")
+    parser.add_argument("--partition", type=file_name, required=True, help="split to read, such as train")
+    parser.add_argument("--chunk_size", type=POSITIVE_INT, default=512, help="most tokens of a window")
+    parser.add_argument("--stride", type=POSITIVE_INT, default=448, help="tokens from a window's start to the next's")
     parser.add_argument(
         "--min_length",
-        type=positive_int,
+        type=POSITIVE_INT,
         default=64,
         help="shorter passages are left out, in tokens; 1 keeps all, as short texts with expert spans need",
     )
     parser.add_argument(
         "--batch_size",
-        type=positive_int,
+        type=POSITIVE_INT,
         help="windows of one forward pass (default: what an earlier run took, else on a CPU 2048 tokens, on a GPU 32768 "
         "tokens, halved until they fit)",
     )
     parser.add_argument(
         "--device_map", choices=("auto",), help="spread a model too large for one GPU over all; needs accelerate"
     )
-    parser.add_argument("--shard", type=non_negative_int, help="compute only this share of the windows, from 0")
-    parser.add_argument("--num_shards", type=positive_int, help="how many shares there are")
+    parser.add_argument("--shard", type=NON_NEGATIVE_INT, help="compute only this share of the windows, from 0")
+    parser.add_argument("--num_shards", type=POSITIVE_INT, help="how many shares there are")
     parser.add_argument("--merge_only", action="store_true", help="compute nothing, put together what the shards wrote")
     parser.add_argument("--save_hidden_states", action="store_true", help="write a .npy of hidden states per window")
     parser.add_argument(
@@ -81,11 +80,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--keep_dat: --discard_intermediates leaves only the .h5; give one of the two")
     if args.device_map and args.device != "auto":
         parser.error("--device_map: takes all GPUs, so it goes without --device")
-    require_shard(parser, args)
+    check_shard(parser, args)
     return args
 
 
-def require_shard(parser: StageParser, args: argparse.Namespace) -> None:
+def check_shard(parser: StageParser, args: argparse.Namespace) -> None:
     if args.shard is not None and args.num_shards is None:
         parser.error("--shard: needs --num_shards")
     if args.shard is not None and args.shard >= args.num_shards:
@@ -97,52 +96,57 @@ def require_shard(parser: StageParser, args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    ranks = join_ranks()
-    with ranks.failing_together():
-        with ranks.first_speaks():
+    with joined_ranks() as ranks:
+        with ranks.quiet_but_first():
             args = parse_args(argv)
-        ranks.require_alone({"--shard": args.shard is not None, "--merge_only": args.merge_only})
-        shape = WindowShape(args.chunk_size, args.stride, args.min_length)
-        passages = read_passages(split_path(args.data_dir, args.partition))
-        make_folder(args.output_dir / args.partition)
-        with sole_extraction(args, ranks):
-            run(args, shape, passages, ranks)
+            windows = WindowShape(args.chunk_size, args.stride, args.min_length)
+            ranks.refuse_flags({"--shard": args.shard is not None, "--merge_only": args.merge_only})
+        # Imported late: torch takes seconds, and wrong flags are answered before.
+        from utils.extraction.run import run_extraction
+
+        outcome = run_extraction(settings_of(args, windows), ranks)
+        if ranks.is_first:
+            report(args, outcome)
 
 
-def run(args: argparse.Namespace, shape: WindowShape, passages: Iterator[Passage], ranks: Ranks) -> None:
-    from utils.models import load_config, load_tokenizer, require_known_ids, require_windows_fit
+def settings_of(args: argparse.Namespace, windows: WindowShape) -> "ExtractionSettings":
+    import numpy as np
 
-    config = load_config(args.model_path, args.cache_dir)
-    require_windows_fit(config, args.model_path, args.chunk_size)
-    job = Job(args, load_tokenizer(args.model_path, args.cache_dir))
-    earlier = ranks.share("earlier", job.earlier)
-    if earlier.is_whole:
-        if not ranks.is_first:
-            return
+    from utils.extraction.run import ExtractionSettings, RequestedOutputs
+
+    keeps_npy = (args.save_hidden_states or args.construct_memmap) and not args.discard_intermediates
+    requested = RequestedOutputs(keeps_npy, args.construct_memmap, args.keep_dat, np.dtype(args.hidden_dtype))
+    return ExtractionSettings(
+        model_path=args.model_path,
+        cache_dir=args.cache_dir,
+        device=args.device,
+        dtype=args.dtype,
+        device_map=args.device_map,
+        data_dir=args.data_dir,
+        partition=args.partition,
+        output_dir=args.output_dir,
+        windows=windows,
+        batch_size=args.batch_size,
+        requested=requested,
+        discard_intermediates=args.discard_intermediates,
+        shard=args.shard,
+        num_shards=args.num_shards,
+        merge_only=args.merge_only,
+    )
+
+
+def report(args: argparse.Namespace, outcome: "Outcome") -> None:
+    if args.shard is not None and not outcome.was_complete:
+        shard = f"{args.partition}, shard {args.shard} of {args.num_shards}"
+        print(f"{shard}: {outcome.n_windows:,} windows computed{outcome.speed}; after all shards run --merge_only")
+        return
+    if outcome.was_complete:
         print(f"{args.output_dir}: all that is asked for is there already")
-        outcome, results = Outcome({}), earlier.results
-    else:
-        n_bytes = split_path(args.data_dir, args.partition).stat().st_size if ranks.is_first else None
-        plan = plan_windows(passages, job.tokenizer, shape, args.output_dir, n_bytes)
-        require_known_ids(config, args.model_path, plan.largest_id)
-        outcome = extract_missing(job, plan, earlier, ranks)
-        if not ranks.is_first:
-            return
-        if args.shard is not None:
-            shard = f"{args.partition}, shard {args.shard} of {args.num_shards}"
-            print(f"{shard}: {outcome.n_windows:,} windows computed{outcome.speed}; after all shards run --merge_only")
-            return
-        results = job.conclude(plan, outcome.results)
-    if args.discard_intermediates:
-        results = job.discard(results)
-    report(args, results, outcome.speed)
-
-
-def report(args: argparse.Namespace, results: dict[str, Any], speed: str) -> None:
+    results: dict[str, Any] = outcome.results
     short = f" ({results['n_short_passages']:,} shorter left out)" if results["n_short_passages"] else ""
     perplexity = f", perplexity {results['perplexity']:.3f}" if results["perplexity"] else ""
     counts = f"{results['n_windows']:,} windows, {results['n_tokens']:,} tokens"
-    print(f"{args.partition}: {results['n_passages']:,} passages{short}, {counts}{perplexity}{speed}")
+    print(f"{args.partition}: {results['n_passages']:,} passages{short}, {counts}{perplexity}{outcome.speed}")
     if results[N_SPANS] or results["n_short_spans"]:
         print(f"expert spans: {results[N_SPANS]:,} marked, {results['n_short_spans']:,} left out with short passages")
     folder = args.output_dir / args.partition

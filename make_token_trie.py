@@ -18,32 +18,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from utils.checksums import Written, list_files, require_as_written
 from utils.cli import (
+    NON_NEGATIVE_INT,
+    POSITIVE_INT,
     StageParser,
     add_datastore_labels,
     add_excluded_tries,
     add_max_workers,
     add_verify_checksums,
-    non_negative_int,
-    positive_int,
     run_script,
 )
-from utils.context_vectors import HiddenStates, open_hidden_states, write_all_context_vectors
-from utils.files import (
-    InputError,
-    Manifest,
-    begin_stage,
-    finish_stage,
-    read_finished,
-    read_manifest,
-    require_file,
-    sole_writer,
-    sole_writer_of_part,
-)
-from utils.progress import ProgressBar
-from utils.token_probs import read_extraction
-from utils.token_trie import (
+from utils.datastore.context_vectors import HiddenStates, open_hidden_states, write_all_context_vectors
+from utils.datastore.trie_files import (
     HIDDEN_STATES_MANIFEST,
     HIDDEN_STATES_STAGE,
     MANIFEST,
@@ -55,6 +41,19 @@ from utils.token_trie import (
     read_token_id_list,
     vectors_path,
 )
+from utils.extraction.token_probs import read_extraction
+from utils.files import InputError, exclusive_lock, require_file
+from utils.manifest import (
+    FileSum,
+    Manifest,
+    begin_stage,
+    finish_stage,
+    list_files,
+    read_finished,
+    read_manifest,
+    require_as_written,
+)
+from utils.progress import ProgressBar
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -70,9 +69,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add_max_workers(parser)
     parser.add_argument(
-        "--k", type=non_negative_int, help="make only the k-th slice, from 0, of --k_interval entry tokens"
+        "--k", type=NON_NEGATIVE_INT, help="make only the k-th slice, from 0, of --k_interval entry tokens"
     )
-    parser.add_argument("--k_interval", type=positive_int, help="entry tokens of a slice, in the order of their ids")
+    parser.add_argument("--k_interval", type=POSITIVE_INT, help="entry tokens of a slice, in the order of their ids")
     parser.add_argument(
         "--process_missing_tokens",
         action="store_true",
@@ -107,21 +106,21 @@ def main(argv: list[str] | None = None) -> None:
     excluded = read_known(args.excluded_tries_prior, token_ids) or set()
     listed = read_known(args.missing_tokens_file, token_ids)
     first, end = slice_bounds(args, len(token_ids))
-    with sole_writer_of_part(folder, "context_vectors", first, 0 if args.k is None else end - first):
-        with sole_writer(folder, "hidden_states_manifest", wait=True):
+    with exclusive_lock(folder, "context_vectors", items=range(first, end)):
+        with exclusive_lock(folder, "hidden_states_manifest", wait=True):
             inputs = provenance(tries, extraction, hidden_states)
             begin_stage(folder / HIDDEN_STATES_MANIFEST, HIDDEN_STATES_STAGE, tries.arguments, inputs)
         there = set(entry_tokens_with_vectors(folder))
         chosen = set(token_ids[first:end]).difference(excluded)
         todo = sorted(chosen - there if listed is None else chosen & listed)
         with ProgressBar(total=len(todo), desc="gathering context vectors", unit="trie", disable=not todo) as bar:
-            written: dict[str, Written] = {}
+            sums: dict[str, FileSum] = {}
             for added in write_all_context_vectors(folder, todo, hidden_states, args.max_workers):
-                written |= added
+                sums |= added
                 bar.update(len(added))
         if todo:  # other slices may have ended too
             there = set(entry_tokens_with_vectors(folder))
-        print(f"{folder}: {conclude(folder, set(token_ids), there, excluded, written)}")
+        print(f"{folder}: {conclude(folder, set(token_ids), there, excluded, sums)}")
 
 
 def find_hidden_states(args: argparse.Namespace) -> tuple[HiddenStates, Manifest]:
@@ -179,18 +178,16 @@ def provenance(tries: Manifest, extraction: Manifest, hidden_states: HiddenState
     }
 
 
-def conclude(
-    folder: Path, token_ids: set[int], there: set[int], excluded: set[int], written: dict[str, Written]
-) -> str:
+def conclude(folder: Path, token_ids: set[int], there: set[int], excluded: set[int], sums: dict[str, FileSum]) -> str:
     """Mark the output as whole where all entry tokens but the excluded have their `.h5`; says what there is."""
     lacking = token_ids - there
-    made = f"{len(written):,} token tries given their context vectors" if written else "nothing to do"
+    made = f"{len(sums):,} token tries given their context vectors" if sums else "nothing to do"
     if n_left := len(lacking - excluded):
         return f"{made}; {n_left:,} of {len(token_ids):,} are still without"
     path = folder / HIDDEN_STATES_MANIFEST
     results = {"entry_tokens": len(there), "excluded": sorted(lacking)}
-    with sole_writer(folder, "hidden_states_manifest", wait=True):
-        files = list_files(path, [vectors_path(folder, token) for token in there], written)
+    with exclusive_lock(folder, "hidden_states_manifest", wait=True):
+        files = list_files(path, [vectors_path(folder, token) for token in there], sums)
         finish_stage(path, read_manifest(path, HIDDEN_STATES_STAGE), results, files)
     left_out = f", {len(lacking):,} left out" if lacking else ""
     return f"{made}; all {len(there):,} have them{left_out}" if token_ids else "the datastore is empty, nothing to do"

@@ -18,9 +18,10 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from utils.checksums import list_files
-from utils.cli import StageParser, add_cache_dir, positive_int, run_script, share
-from utils.corpora import (
+from utils.cli import POSITIVE_INT, Range, StageParser, add_cache_dir, run_script
+from utils.files import InputError, exclusive_lock, make_folder, require_folder
+from utils.manifest import Manifest, begin_stage, finish_stage, list_files, read_manifest
+from utils.text.corpora import (
     CORPORA,
     INPUT_SUFFIXES,
     STAGE,
@@ -32,16 +33,6 @@ from utils.corpora import (
     split_path,
     splits_in,
     write_splits,
-)
-from utils.files import (
-    InputError,
-    Manifest,
-    begin_stage,
-    finish_stage,
-    make_folder,
-    read_manifest,
-    require_folder,
-    sole_writer,
 )
 
 FRACTION = 0.05
@@ -61,7 +52,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="folder of copies of the hub's dataset repositories, such as DIR/Salesforce/wikitext, read in its place",
     )
     parser.add_argument(
-        "--max_passages", type=positive_int, metavar="N", help="of each split, the first N (default: all)"
+        "--max_passages", type=POSITIVE_INT, metavar="N", help="of each split, the first N (default: all)"
     )
     local = parser.add_argument_group("local files (--dataset local)")
     local.add_argument(
@@ -77,7 +68,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("validation", "test"):
         split.add_argument(
             f"--{name}_fraction",
-            type=share,
+            type=Range(float, least=0, below=1),
             help=f"share of the passages, 0: {name}.json is empty (default: {FRACTION})",
         )
     split.add_argument("--seed", type=int, help=f"another seed deals the passages out otherwise (default: {SEED})")
@@ -110,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     source = source_of(args)
     make_folder(args.output_dir)
-    with sole_writer(args.output_dir, STAGE):
+    with exclusive_lock(args.output_dir, STAGE):
         path = args.output_dir / "manifest.json"
         forget_fruitless_run(path)
         manifest = begin_stage(path, STAGE, *arguments_and_inputs(args, source))

@@ -19,34 +19,33 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from utils.checksums import Written, list_files, require_as_written
-from utils.chunk_lists import ChunkListPaths, ChunkRule, Corpus, find_all_chunks
 from utils.cli import (
+    NON_NEGATIVE_INT,
+    Range,
     StageParser,
     add_cache_dir,
     add_datastore_labels,
     add_max_workers,
     add_verify_checksums,
-    non_negative_int,
-    positive_float,
     run_script,
 )
-from utils.expert_spans import FINGERPRINT, SOURCES, read_expert_spans
-from utils.files import InputError, Manifest, begin_stage, finish_stage, make_folder, sole_writer, temporary_folder
-from utils.progress import ProgressBar, phase
-from utils.token_probs import find_token_probs, token_probs_path
-from utils.token_trie import (
+from utils.datastore.chunk_lists import ChunkListPaths, ChunkRule, Corpus, find_all_chunks
+from utils.datastore.external_sort import FOLDER as RUNS_FOLDER
+from utils.datastore.external_sort import unit_bytes_in, write_tries
+from utils.datastore.trie_files import (
     MANIFEST,
-    SPILL_FOLDER,
     STAGE,
     entry_token_ids,
-    require_no_strays,
+    refuse_files_without_manifest,
     trie_files,
     trie_folder_path,
-    unit_bytes_in,
-    write_tries,
 )
-from utils.workers import n_workers_for, start_server
+from utils.extraction.token_probs import find_token_probs, token_probs_path
+from utils.files import InputError, exclusive_lock, make_folder, temporary_folder
+from utils.manifest import FileSum, Manifest, begin_stage, finish_stage, list_files, require_as_written
+from utils.progress import ProgressBar, phase
+from utils.text.expert_spans import FINGERPRINT, SOURCES, read_expert_spans
+from utils.workers import n_cores
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -68,11 +67,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "chunk of its own, γ only names the folder), or where either holds",
     )
     parser.add_argument(
-        "--max_chunk_length", type=non_negative_int, default=64, help="tokens at which a chunk is cut; 0: not cut"
+        "--max_chunk_length", type=NON_NEGATIVE_INT, default=64, help="tokens at which a chunk is cut; 0: not cut"
     )
     parser.add_argument(
         "--skip_first_tokens",
-        type=non_negative_int,
+        type=NON_NEGATIVE_INT,
         help="tokens of each window that are context only, expert spans in them included (default: stage 2's --chunk_size "
         "less its --stride; 0 with --chunk_source expert and both, so that short texts lose no span)",
     )
@@ -80,7 +79,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_verify_checksums(parser)
     parser.add_argument(
         "--max_memory_gb",
-        type=positive_float,
+        type=Range(float, above=0),
         default=4,
         help="GB of memory for all processes together, with what they load",
     )
@@ -99,20 +98,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.skip_first_tokens is None:
         overlap = extraction.arguments["chunk_size"] - extraction.arguments["stride"]
         args.skip_first_tokens = overlap if expert_spans is None else 0
-    n_workers = n_workers_for(args.max_workers)
-    unit_bytes = unit_bytes_in(args.max_memory_gb, n_workers)
-    if n_workers > 1:
-        start_server("utils.chunk_lists")  # the tokenizer takes longer to load
+    unit_bytes = unit_bytes_in(args.max_memory_gb, min(args.max_workers, n_cores()))
     n_token_ids = check_tokenizer(args, extraction)
     corpus = Corpus(token_prob_dir, extraction.results, n_token_ids, expert_spans)
     make_folder(args.output_dir)
-    with sole_writer(args.output_dir, "token_tries"):
-        run(args, corpus, extraction, n_workers, unit_bytes)
+    with exclusive_lock(args.output_dir, "token_tries"):
+        run(args, corpus, extraction, unit_bytes)
 
 
 def check_tokenizer(args: argparse.Namespace, extraction: Manifest) -> int:
     """One more than the tokenizer's largest id; raises InputError where it is not the one of stage 2."""
-    from utils.models import load_tokenizer, tokenizer_fingerprint
+    from utils.lm.fingerprint import tokenizer_fingerprint
+    from utils.lm.model import load_tokenizer
 
     tokenizer = load_tokenizer(args.model_name, args.cache_dir)
     if tokenizer_fingerprint(tokenizer) != extraction.inputs["tokenizer"]:
@@ -123,12 +120,12 @@ def check_tokenizer(args: argparse.Namespace, extraction: Manifest) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def run(args: argparse.Namespace, corpus: Corpus, extraction: Manifest, n_workers: int, unit_bytes: int) -> None:
+def run(args: argparse.Namespace, corpus: Corpus, extraction: Manifest, unit_bytes: int) -> None:
     labels = (args.dataset_name, args.model_ds, args.model_gen, args.partition, args.tok_prob_threshold)
     folder = trie_folder_path(args.output_dir, *labels)
     lists = ChunkListPaths(args.output_dir, args.dataset_name, args.model_ds, args.partition, args.tok_prob_threshold)
-    require_no_strays(folder)
-    lists.require_no_strays()
+    refuse_files_without_manifest(folder)
+    lists.refuse_files_without_manifest()
     make_folder(folder)
     arguments, inputs = provenance(args, extraction)
     manifest = begin_stage(folder / MANIFEST, STAGE, arguments, inputs)
@@ -141,25 +138,25 @@ def run(args: argparse.Namespace, corpus: Corpus, extraction: Manifest, n_worker
         print(f"Nothing to do: {summary(folder, manifest)}")
         return
     rule = ChunkRule(args.tok_prob_threshold, args.skip_first_tokens, args.max_chunk_length, args.chunk_source)
-    with temporary_folder(folder / SPILL_FOLDER) as spill_folder:
+    with temporary_folder(folder / RUNS_FOLDER) as runs_folder:
         n_windows = corpus.extracted["n_windows"]
         bar = ProgressBar(total=n_windows, desc="finding chunks", unit="window")
         with phase(f"reading {n_windows} windows in {corpus.token_prob_dir}"), bar:
-            chunks = find_all_chunks(corpus, rule, lists, spill_folder, n_workers, bar.update)
+            chunks = find_all_chunks(corpus, rule, lists, runs_folder, args.max_workers, bar.update)
         counts = {"windows": chunks.n_windows, "tokens": chunks.n_tokens}
         finish_stage(lists.manifest, lists_manifest, counts, list_files(lists.manifest, lists.files))
-        bar = ProgressBar(total=chunks.spill.n_entry_tokens, desc="writing token tries", unit="trie")
-        with phase(f"sorting and writing {chunks.spill.n_rows} chunks"), bar:
+        bar = ProgressBar(total=chunks.runs.n_entry_tokens, desc="writing token tries", unit="trie")
+        with phase(f"sorting and writing {chunks.runs.n_rows} chunks"), bar:
             bar.update(len(there := entry_token_ids(folder)))
-            written: dict[str, Written] = {}
-            for added in write_tries(folder, spill_folder, chunks.spill, n_workers, unit_bytes, there):
-                written |= added
+            sums: dict[str, FileSum] = {}
+            for added in write_tries(folder, runs_folder, chunks.runs, args.max_workers, unit_bytes, there):
+                sums |= added
                 bar.update(len(added) // 2)  # files of a trie
-    counts |= {"entry_tokens": chunks.spill.n_entry_tokens, "rows": chunks.spill.n_rows, "plateaus": chunks.n_plateaus}
+    counts |= {"entry_tokens": chunks.runs.n_entry_tokens, "rows": chunks.runs.n_rows, "plateaus": chunks.n_plateaus}
     if corpus.expert_spans is not None:
         n_in_chunks = len(chunks.expert_spans)
         counts |= {"expert_spans": corpus.expert_spans.n_spans, "expert_spans_in_chunks": n_in_chunks}
-    finish_stage(folder / MANIFEST, manifest, counts, list_files(folder / MANIFEST, trie_files(folder), written))
+    finish_stage(folder / MANIFEST, manifest, counts, list_files(folder / MANIFEST, trie_files(folder), sums))
     print(summary(folder, manifest))
 
 

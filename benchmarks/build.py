@@ -31,9 +31,9 @@ from benchmarks.common import Spread, hardware, seconds_of, spread_text, table, 
 from benchmarks.extraction_speed import measure_extraction
 from benchmarks.memory import Usage, run_measured
 from benchmarks.synthetic import CHUNK_SIZE, PARTITION, SyntheticExtraction, token_prob_files
-from utils.cli import Parser, positive_float, positive_int, run_script, share
-from utils.files import read_json
-from utils.token_trie import MANIFEST, trie_folder_path
+from utils.cli import POSITIVE_INT, Parser, Range, run_script
+from utils.json_io import read_json
+from utils.datastore.trie_files import MANIFEST, trie_folder_path
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("stage 3", "stage 4", "flattening")
@@ -53,20 +53,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=ROOT / "examples/models/large", help="whose tokenizer is used")
     parser.add_argument(
         "--synthetic_tokens",
-        type=positive_int,
+        type=POSITIVE_INT,
         nargs="+",
         default=[2**17, 2**19, 2**21],
         help="sizes of the text (default: 131072 and 4 and 16 times as many)",
     )
-    parser.add_argument("--hidden_size", type=positive_int, default=256, help="numbers of a hidden state, float32")
-    parser.add_argument("--tok_prob_threshold", type=share, default=0.3, help="γ of the datastore")
-    parser.add_argument("--max_chunk_length", type=positive_int, default=64, help="tokens at which a chunk is cut")
-    parser.add_argument("--max_memory_gb", type=positive_float, default=4, help="for stage 3 and for eval.py's tries")
-    parser.add_argument("--repeats", type=positive_int, default=5, help="of each measurement")
+    parser.add_argument("--hidden_size", type=POSITIVE_INT, default=256, help="numbers of a hidden state, float32")
+    parser.add_argument("--tok_prob_threshold", type=Range(float, least=0, below=1), default=0.3, help="γ of the datastore")
+    parser.add_argument("--max_chunk_length", type=POSITIVE_INT, default=64, help="tokens at which a chunk is cut")
+    parser.add_argument("--max_memory_gb", type=Range(float, above=0), default=4, help="for stage 3 and for eval.py's tries")
+    parser.add_argument("--repeats", type=POSITIVE_INT, default=5, help="of each measurement")
     parser.add_argument(
         "--data_dir", type=Path, metavar="DIR", help="stage 1's output: measure stage 2 on its first passages too"
     )
-    parser.add_argument("--n_passages", type=positive_int, default=40, help="passages that stage 2 is measured on")
+    parser.add_argument("--n_passages", type=POSITIVE_INT, default=40, help="passages that stage 2 is measured on")
     parser.add_argument(
         "--work", type=Path, help="folder for what is built, on the disk to be measured (default: /tmp)"
     )

@@ -24,10 +24,11 @@ import torch
 import make_token_trie
 import save_token_trie_info
 from benchmarks.common import seconds_of, table, write_json
-from utils import checksums, datastore
+from utils import manifest as checksums
+from utils.datastore import store as datastore
 from utils.cli import Parser, run_script
-from utils.files import read_manifest
-from utils.token_trie import HIDDEN_STATES_MANIFEST, HIDDEN_STATES_STAGE, MANIFEST, STAGE, trie_folder_path
+from utils.manifest import read_manifest
+from utils.datastore.trie_files import HIDDEN_STATES_MANIFEST, HIDDEN_STATES_STAGE, MANIFEST, STAGE, trie_folder_path
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -35,12 +35,12 @@ from benchmarks.peers import (
 )
 from benchmarks.results import HEADER, Result, differences
 from benchmarks.workloads import LARGE_ROWS, ROWS, WORKLOADS, Stores, Workload, load_workload
-from utils.cli import Parser, draft_size, non_negative_float, non_negative_int, positive_int, run_script
-from utils.decoding import MAX_DRAFT_TOKENS, Decoding, Request, n_slots_for
-from utils.drafting import DraftSettings, RetrievalDrafter
-from utils.kv_cache import open_rows
-from utils.retrieval import Retriever
-from utils.sampling import Sampler
+from utils.cli import NON_NEGATIVE_INT, POSITIVE_INT, Parser, Range, run_script
+from utils.decoding.loop import MAX_DRAFT_TOKENS, Decoding, Request, n_slots_for
+from utils.decoding.draft import DraftSettings, RetrievalDrafter
+from utils.lm.kv_cache import make_kv_cache
+from utils.decoding.retriever import Retriever
+from utils.lm.sampling import Sampler
 
 WARM_UP_TOKENS = 8
 NO_SUFFIX_DECODING = "SuffixDecoding is left out: arctic-inference is not installed (see benchmarks/README.md)"
@@ -51,16 +51,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workload", choices=WORKLOADS, default="example", help="model, prompts and datastores")
     add_work_folder(parser)
     parser.add_argument(
-        "--rows", type=positive_int, nargs="+", help=f"synthetic tries (default: {ROWS}; llama-7b: {LARGE_ROWS})"
+        "--rows", type=POSITIVE_INT, nargs="+", help=f"synthetic tries (default: {ROWS}; llama-7b: {LARGE_ROWS})"
     )
-    parser.add_argument("--batch_sizes", type=positive_int, nargs="+", default=[1, 8], help="prompts decoded together")
-    parser.add_argument("--temperatures", type=non_negative_float, nargs="+", default=[0.0, 0.8], help="0 is greedy")
-    parser.add_argument("--n_prompts", type=positive_int, default=16, help="prompts, at most")
-    parser.add_argument("--max_new_tokens", type=positive_int, default=100, help="tokens of each")
-    parser.add_argument("--max_draft_tokens", type=draft_size, default=16, help="of all that draft")
+    parser.add_argument("--batch_sizes", type=POSITIVE_INT, nargs="+", default=[1, 8], help="prompts decoded together")
+    parser.add_argument("--temperatures", type=Range(float, least=0), nargs="+", default=[0.0, 0.8], help="0 is greedy")
+    parser.add_argument("--n_prompts", type=POSITIVE_INT, default=16, help="prompts, at most")
+    parser.add_argument("--max_new_tokens", type=POSITIVE_INT, default=100, help="tokens of each")
+    parser.add_argument("--max_draft_tokens", type=Range(int, least=1, most=256), default=16, help="of all that draft")
     parser.add_argument("--peers", nargs="+", default=["*"], help="names or patterns of those to compare")
-    parser.add_argument("--repeats", type=positive_int, default=5, help="passes over the prompts that count")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the drawing of tokens")
+    parser.add_argument("--repeats", type=POSITIVE_INT, default=5, help="passes over the prompts that count")
+    parser.add_argument("--seed", type=NON_NEGATIVE_INT, default=0, help="of the drawing of tokens")
     parser.add_argument("--device", default="auto", help="torch device; auto: CUDA if there is one")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="weights'")
     parser.add_argument("--output", type=Path, help="JSON file of all results")
@@ -97,7 +97,7 @@ def peers_of(setting: Setting, wanted: Sequence[str]) -> list[Peer]:
         requests = [Request(i, prompt, setting.max_new_tokens) for i, prompt in enumerate(setting.workload.prompts)]
         n_slots = n_slots_for(requests, Decoding(setting.sampler, frozenset())) + MAX_DRAFT_TOKENS
         with torch.inference_mode():
-            rows = open_rows(lm, setting.batch_size, n_slots, graphs=True)
+            rows = make_kv_cache(lm, setting.batch_size, n_slots, graphs=True)
     ours = partial(OurLoop, lm=lm, sampler=setting.sampler, batch_size=setting.batch_size, rows=rows)
     found["baseline"] = lambda: ours("baseline", make=dict)
     for stores in setting.workload.stores:

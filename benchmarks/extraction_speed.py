@@ -35,11 +35,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import extract_token_probs_and_memmap as stage_2
 from benchmarks.common import Spread, measure, spread_text, table, write_json
 from benchmarks.memory import run_measured
-from utils.cli import Parser, positive_int, run_script
-from utils.corpora import read_passages, split_path
-from utils.files import write_json_list
-from utils.models import load_lm, load_tokenizer
-from utils.windows import WindowShape, plan_batches, plan_windows
+from utils.cli import POSITIVE_INT, Parser, run_script
+from utils.text.corpora import read_passages, split_path
+from utils.json_io import write_json_list
+from utils.lm.model import load_lm, load_tokenizer
+from utils.text.windows import WindowShape, plan_batches, plan_windows
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "models" / "large"
@@ -55,10 +55,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="to measure the speed of")
     parser.add_argument("--data_dir", type=Path, help="stage 1's output (default: python-docs is made)")
     parser.add_argument(
-        "--passages", type=positive_int, nargs="+", default=[150, 6], help="of the text, for each model"
+        "--passages", type=POSITIVE_INT, nargs="+", default=[150, 6], help="of the text, for each model"
     )
-    parser.add_argument("--repeats", type=positive_int, default=5, help="of each measurement")
-    parser.add_argument("--memory_passages", type=positive_int, default=100, help="that are 1x of the text for memory")
+    parser.add_argument("--repeats", type=POSITIVE_INT, default=5, help="of each measurement")
+    parser.add_argument("--memory_passages", type=POSITIVE_INT, default=100, help="that are 1x of the text for memory")
     parser.add_argument("--output", type=Path, help="JSON file of all results")
     args = parser.parse_args(argv)
     if len(args.passages) != len(args.models):

@@ -38,18 +38,19 @@ from mutations import mutate
 from processes import use_one_thread_in_forks
 
 from benchmarks.common import table, write_json
-from utils import checksums
-from utils.acceptance import read_map
-from utils.context_vectors import open_hidden_states
-from utils.corpora import Source, local_files, read_passages
-from utils.datastore import FOLDER, open_datastore, read_flattened
-from utils.expert_spans import FINGERPRINT, read_expert_spans
-from utils.files import InputError, file_fingerprint, read_json
-from utils.hidden_states import map_all_hidden_states, read_hidden_states
-from utils.prompts import read_prompts
-from utils.results import pending_runs, read_run, typical_prompt, write_summary
-from utils.token_probs import find_token_probs, read_extraction, read_token_probs
-from utils.token_trie import find_trie_folder, read_context_vectors, read_token_id_list, read_trie_rows
+from utils import manifest as checksums
+from utils.decoding.acceptance import read_map
+from utils.datastore.context_vectors import open_hidden_states
+from utils.text.corpora import Source, local_files, read_passages
+from utils.datastore.store import FOLDER, open_datastore, read_flattened
+from utils.text.expert_spans import FINGERPRINT, read_expert_spans
+from utils.files import InputError, file_fingerprint
+from utils.json_io import read_json
+from utils.extraction.hidden_states import map_all_hidden_states, read_hidden_states
+from utils.text.prompts import read_prompts
+from utils.evaluation.results import pending_runs, read_run, typical_prompt, write_summary
+from utils.extraction.token_probs import find_token_probs, read_extraction, read_token_probs
+from utils.datastore.trie_files import find_trie_folder, read_context_vectors, read_token_id_list, read_trie_rows
 
 MODEL = ROOT / "examples" / "models" / "small"
 SECONDS = 5
@@ -96,7 +97,7 @@ def readers(folder: Path) -> list[Reader]:
         checksums.require_as_written(path, manifest, [path.parent / name for name in listed], verify=True)
 
     def checksums_manifest(path: Path) -> Any:
-        from utils.files import read_manifest
+        from utils.manifest import read_manifest
 
         return read_manifest(path, "save_token_trie_info.py")
 

@@ -14,13 +14,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from utils.decoding import Decoding, Request, decode
-from utils.draft_costs import DraftCosts
-from utils.drafting import NOTHING, Drafter, DraftTree
-from utils.generation import DraftCounts
-from utils.kv_cache import Rows
-from utils.models import CausalLM
-from utils.sampling import Sampler
+from utils.decoding.loop import Decoding, Request, decode
+from utils.decoding.draft_policy import DraftPolicy
+from utils.decoding.draft import NOTHING, Drafter, DraftTree
+from utils.decoding.types import DraftCounts
+from utils.lm.kv_cache import KVCache
+from utils.lm.model import CausalLM
+from utils.lm.sampling import Sampler
 
 
 @dataclass
@@ -97,7 +97,7 @@ class OurLoop:
         batch_size: int,
         make: Make,
         is_exact: bool = True,
-        rows: Rows | None = None,
+        rows: KVCache | None = None,
     ) -> None:
         self.name, self.is_exact = name, is_exact
         self._lm, self._sampler, self._batch_size, self._make, self._rows = lm, sampler, batch_size, make, rows
@@ -129,7 +129,7 @@ class OurLoop:
 
 
 def verify_mode(drafter: Drafter, growth: str) -> dict[str, Any]:
-    return {"drafter": drafter, "draft_costs": DraftCosts() if growth == "paying" else None}
+    return {"drafter": drafter, "draft_costs": DraftPolicy() if growth == "paying" else None}
 
 
 # ---- model.generate

@@ -26,14 +26,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import Spread, hardware, table, write_json
-from utils.acceptance import Acceptance
-from utils.cli import Parser, positive_int, run_script
-from utils.datastore import Datastore, TokenTrie
-from utils.flattening import unit_rows
-from utils.models import CausalLM, pick_device
-from utils.perplexity import Positions, TextSize, cdlm_figures, look_up, setting_probabilities
+from utils.decoding.acceptance import Acceptance
+from utils.cli import POSITIVE_INT, Parser, run_script
+from utils.datastore.store import Datastore, TokenTrie
+from utils.datastore.flattened import unit_rows
+from utils.lm.model import CausalLM, pick_device
+from utils.evaluation.perplexity import Positions, TextSize, cdlm_figures, look_up, setting_probabilities
 from utils.progress import ProgressBar
-from utils.segmentations import Proposals, log_likelihoods
+from utils.evaluation.marginal import Proposals, log_likelihoods
 
 ZIPF_SHIFT = 2.7  # frequency of the r-th most frequent token: 1 / (r + this), as Mandelbrot found it of words
 CHUNK_TOKENS = 4
@@ -43,12 +43,12 @@ SETTINGS = tuple(np.linspace(0.5, 0.95, 10).tolist())
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--windows", type=positive_int, default=500, help="of the text")
-    parser.add_argument("--window", type=positive_int, default=512, help="tokens of each")
-    parser.add_argument("--rows", type=positive_int, default=500_000, help="of the datastore")
-    parser.add_argument("--parts", type=positive_int, default=5, help="that the windows are read in")
-    parser.add_argument("--batch_size", type=positive_int, default=8, help="windows that the LM reads together")
-    parser.add_argument("--layers", type=positive_int, default=12, help="of the model; other than 12 is no GPT-2 small")
+    parser.add_argument("--windows", type=POSITIVE_INT, default=500, help="of the text")
+    parser.add_argument("--window", type=POSITIVE_INT, default=512, help="tokens of each")
+    parser.add_argument("--rows", type=POSITIVE_INT, default=500_000, help="of the datastore")
+    parser.add_argument("--parts", type=POSITIVE_INT, default=5, help="that the windows are read in")
+    parser.add_argument("--batch_size", type=POSITIVE_INT, default=8, help="windows that the LM reads together")
+    parser.add_argument("--layers", type=POSITIVE_INT, default=12, help="of the model; other than 12 is no GPT-2 small")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--output", type=Path, help="JSON file of all results")
     return parser.parse_args(argv)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils.cli import Parser, non_negative_int, positive_int, run_script
+from utils.cli import NON_NEGATIVE_INT, POSITIVE_INT, Parser, run_script
 from utils.files import InputError, make_folder, replacing, require_file
 
 MARGIN = 14  # pixels around the text
@@ -26,10 +26,10 @@ N_COLOURS = 64
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--report", type=Path, required=True, help="page of eval.py --report")
-    parser.add_argument("--text", type=non_negative_int, default=0, help="number of the text, from 0 on")
-    parser.add_argument("--chunk", type=non_negative_int, default=0, help="number of its chunk that is pointed at")
-    parser.add_argument("--width", type=positive_int, default=1060, help="of the window, in pixels")
-    parser.add_argument("--scale", type=positive_int, default=2, help="pixels of the picture for one of the window")
+    parser.add_argument("--text", type=NON_NEGATIVE_INT, default=0, help="number of the text, from 0 on")
+    parser.add_argument("--chunk", type=NON_NEGATIVE_INT, default=0, help="number of its chunk that is pointed at")
+    parser.add_argument("--width", type=POSITIVE_INT, default=1060, help="of the window, in pixels")
+    parser.add_argument("--scale", type=POSITIVE_INT, default=2, help="pixels of the picture for one of the window")
     parser.add_argument("--scheme", choices=("light", "dark"), default="light", help="colours of the page")
     parser.add_argument("--output", type=Path, required=True, help="png file")
     return parser.parse_args(argv)

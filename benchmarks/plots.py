@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.cli import Parser, run_script
-from utils.files import InputError, make_folder, read_json, replacing
+from utils.files import InputError, make_folder, replacing
+from utils.json_io import read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.common import Spread
 from benchmarks.peers import Peer, Tally
-from utils.decoding import Request
-from utils.models import CausalLM
-from utils.sampling import TOKEN_STREAM, uniforms
+from utils.decoding.loop import Request
+from utils.lm.model import CausalLM
+from utils.lm.sampling import TOKEN_STREAM, uniforms
 
 HEADER = (
     "peer",

@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import Spread, cache_flusher, copy_bandwidth, hardware, measure, table, write_json
-from utils.cli import Parser, positive_int, run_script
+from utils.cli import POSITIVE_INT, Parser, run_script
 from utils.files import InputError, require_file
-from utils.search import VectorIndex, Way
+from utils.datastore.search import VectorIndex, Way
 
 N_QUERIES = 64
 BLOCK_ROWS = 16_384
@@ -36,13 +36,13 @@ WAYS: tuple[Way, ...] = ("product", "half", "bounded")
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--rows", type=positive_int, nargs="+", default=[1000, 10_000, 100_000], help="of an index")
-    parser.add_argument("--dims", type=positive_int, nargs="+", default=[256, 768, 2048], help="of a row")
+    parser.add_argument("--rows", type=POSITIVE_INT, nargs="+", default=[1000, 10_000, 100_000], help="of an index")
+    parser.add_argument("--dims", type=POSITIVE_INT, nargs="+", default=[256, 768, 2048], help="of a row")
     parser.add_argument("--vectors", nargs="+", default=["hidden", "random"], help="hidden, random or an .h5 file")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="beside what the index chooses itself")
     parser.add_argument("--caches", choices=("cold", "hot"), default="cold", help="cold: as a forward pass leaves them")
-    parser.add_argument("--repeats", type=positive_int, default=21, help="of each search")
-    parser.add_argument("--max_memory_gb", type=positive_int, default=8, help="sizes that need more are left out")
+    parser.add_argument("--repeats", type=POSITIVE_INT, default=21, help="of each search")
+    parser.add_argument("--max_memory_gb", type=POSITIVE_INT, default=8, help="sizes that need more are left out")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--output", type=Path, help="JSON file of all results")
     return parser.parse_args(argv)

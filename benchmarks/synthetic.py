@@ -14,11 +14,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from utils.files import begin_stage, finish_stage, n_cores, write_json
-from utils.hidden_states import DATASET, HiddenStateFiles
-from utils.models import load_tokenizer, tokenizer_fingerprint
-from utils.token_probs import STAGE, token_probs_path
-from utils.windows import window_bytes
+from utils.manifest import begin_stage, finish_stage
+from utils.workers import n_cores
+from utils.json_io import write_json
+from utils.extraction.hidden_states import DATASET, HiddenStateFiles
+from utils.lm.model import load_tokenizer
+from utils.lm.fingerprint import tokenizer_fingerprint
+from utils.extraction.token_probs import STAGE, token_probs_path
+from utils.text.windows import window_bytes
 from utils.workers import in_processes
 
 CHUNK_SIZE, STRIDE = 512, 448

@@ -15,13 +15,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.paper.datastores import LARGE, ROOT, Work
-from utils.acceptance import Acceptance, AcceptanceMap
-from utils.datastore import Datastore, TokenTrie, open_datastore
-from utils.decoding import Decoding, Request, decode
-from utils.files import InputError, read_finished, read_json
-from utils.models import CausalLM, load_lm, load_tokenizer, pick_device
-from utils.prompts import encode_prompts, read_prompts
-from utils.sampling import Sampler
+from utils.decoding.acceptance import Acceptance, AcceptanceMap
+from utils.datastore.store import Datastore, TokenTrie, open_datastore
+from utils.decoding.loop import Decoding, Request, decode
+from utils.files import InputError
+from utils.manifest import read_finished
+from utils.json_io import read_json
+from utils.lm.model import CausalLM, load_lm, load_tokenizer, pick_device
+from utils.text.prompts import encode_prompts, read_prompts
+from utils.lm.sampling import Sampler
 
 CHUNK_THRESHOLD, DRAFT_THRESHOLD, DRAFT_CHUNK_LENGTH = 0.1, 0.0, 16
 # Chunk mode's rule: that of the example's pipeline; for synthetic tries one that nothing passes, so that every step

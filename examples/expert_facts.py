@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from utils.cli import Parser, add_model, non_negative_float, non_negative_int, positive_int, run_script
-from utils.files import InputError, make_folder, package_versions, require_file, sole_writer, write_json
-from utils.token_trie import trie_folder_path
+from utils.cli import NON_NEGATIVE_INT, POSITIVE_INT, Parser, Range, add_model, run_script
+from utils.datastore.trie_files import trie_folder_path
+from utils.files import InputError, exclusive_lock, make_folder, require_file
+from utils.json_io import write_json
+from utils.manifest import package_versions
 
 if TYPE_CHECKING:
-    from utils.expert_facts import Count, Question
+    from examples.fact_questions import Count, Question
 
 MODEL, DIRECTORY = "examples/models/large", "examples/staff_directory.json"
 PARTITION, THRESHOLD = "train", 0.5  # the threshold decides nothing about marked spans, but names the folder
@@ -36,10 +38,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_model(parser, default=MODEL)
     parser.add_argument("--directory", type=Path, help=f"the facts, marked, with questions (default: {DIRECTORY})")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the datastore and the results")
-    parser.add_argument("--n_held_out", type=positive_int, default=16, help="people on whom θ is chosen")
-    parser.add_argument("--max_new_tokens", type=positive_int, default=20, help="tokens of an answer")
-    parser.add_argument("--temperature", type=non_negative_float, default=0.0, help="of the LM's tokens; 0 is greedy")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the drawing of tokens")
+    parser.add_argument("--n_held_out", type=POSITIVE_INT, default=16, help="people on whom θ is chosen")
+    parser.add_argument("--max_new_tokens", type=POSITIVE_INT, default=20, help="tokens of an answer")
+    parser.add_argument(
+        "--temperature", type=Range(float, least=0), default=0.0, help="of the LM's tokens; 0 is greedy"
+    )
+    parser.add_argument("--seed", type=NON_NEGATIVE_INT, default=0, help="of the drawing of tokens")
     args = parser.parse_args(argv)
     args.model_path = args.model_path or str(ROOT / MODEL)
     args.directory = args.directory or ROOT / DIRECTORY
@@ -49,14 +53,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     require_file(args.directory, "holds the facts")
-    from utils.expert_facts import read_questions
+    from examples.fact_questions import read_questions
 
     questions = read_questions(args.directory)
     names = list(dict.fromkeys(question.name for question in questions))
     if len(names) <= args.n_held_out:
         raise InputError(f"{args.directory}: is about {len(names)} people; give a smaller --n_held_out")
     make_folder(args.output_dir)
-    with sole_writer(args.output_dir, "expert_facts"):
+    with exclusive_lock(args.output_dir, "expert_facts"):
         build_datastore(args)
         held_out = [question for question in questions if question.name in names[: args.n_held_out]]
         reported = [question for question in questions if question.name not in names[: args.n_held_out]]
@@ -91,9 +95,9 @@ def stage(script: str, *flags: object) -> None:
 
 
 def measure(args: argparse.Namespace, held_out: list["Question"], reported: list["Question"]) -> None:
-    from utils.datastore import open_datastore
-    from utils.expert_facts import WAYS, WITH_CHUNKS, Asker, best_threshold, count
-    from utils.models import load_lm, load_tokenizer
+    from examples.fact_questions import WAYS, WITH_CHUNKS, Asker, best_threshold, count
+    from utils.datastore.store import open_datastore
+    from utils.lm.model import load_lm, load_tokenizer
 
     lm = load_lm(args.model_path, args.device, args.dtype, args.cache_dir)
     tries = trie_folder_path(args.output_dir / "tries", *LABELS, THRESHOLD)

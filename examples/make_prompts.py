@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils.cli import Parser, positive_int, run_script
-from utils.files import InputError, iter_json_list, write_json_list
-from utils.python_docs import python_docs
+from utils.cli import POSITIVE_INT, Parser, run_script
+from utils.files import InputError
+from utils.json_io import iter_json_list, write_json_list
+from utils.text.python_docs import python_docs
 
 # A document must go on for as long as its prompt several times over, so that there is something to continue.
 TIMES_LONGER = 3
@@ -26,8 +27,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data_file", type=Path, help="split to cut from, of preprocess_dataset.py (default: python-docs' test split)"
     )
-    parser.add_argument("--n_prompts", type=positive_int, default=16, help="prompts, evenly over the documents")
-    parser.add_argument("--n_characters", type=positive_int, default=260, help="most characters of a prompt")
+    parser.add_argument("--n_prompts", type=POSITIVE_INT, default=16, help="prompts, evenly over the documents")
+    parser.add_argument("--n_characters", type=POSITIVE_INT, default=260, help="most characters of a prompt")
     return parser.parse_args(argv)
 
 

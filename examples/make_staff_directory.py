@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils.cli import Parser, non_negative_int, run_script
-from utils.files import write_json_list
+from utils.cli import NON_NEGATIVE_INT, Parser, run_script
+from utils.json_io import write_json_list
 
 FIRST_NAMES = "Ada Bela Carl Dora Emil Fay Gus Hana Ivo Jana Karl Lena Milo Nora Otto Pia Quin Rosa Sven Tara"
 SURNAMES = (
@@ -43,7 +43,7 @@ OPENINGS = ("According to the directory, the", "Visitors often ask what the", "A
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--output_file", type=Path, required=True, help="file to write")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="another seed invents other people and facts")
+    parser.add_argument("--seed", type=NON_NEGATIVE_INT, default=0, help="another seed invents other people and facts")
     return parser.parse_args(argv)
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils.python_docs import python_docs
+from utils.text.python_docs import python_docs
 
 VOCAB_SIZE = 4096
 N_POSITIONS = 512

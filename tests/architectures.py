@@ -3,7 +3,7 @@
 import torch
 import transformers as hf
 
-from utils.models import CausalLM
+from utils.lm.model import CausalLM
 
 SIZES = {
     "vocab_size": 100,

@@ -34,7 +34,7 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
-from utils import workers  # noqa: E402
+from utils import workers
 from utils.files import InputError  # noqa: E402
 
 use_one_thread_in_forks()

@@ -25,7 +25,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from utils import chunk_lists, flattening, token_trie, workers
+from utils.datastore import chunk_lists
+from utils.datastore import flattened as flattening
+from utils.datastore import trie_files as token_trie
+from utils import workers
 from utils.cli import run_script
 
 TESTS = Path(__file__).resolve().parent
@@ -311,9 +314,9 @@ class Stage:
 
 def import_what_is_slow(model: Path) -> None:
     """Once, so that the forks need not: what the stages import, and what transformers does with its first model."""
-    import utils.evaluation
-    import utils.extraction  # noqa: F401
-    from utils.models import load_lm, load_tokenizer
+    import utils.evaluation.runner
+    import utils.extraction.run  # noqa: F401
+    from utils.lm.model import load_lm, load_tokenizer
 
     load_lm(str(model), "cpu")
     load_tokenizer(str(model))

@@ -7,11 +7,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from utils.files import begin_stage, finish_stage, write_json
-from utils.hidden_states import DATASET, write_hidden_states
-from utils.models import load_tokenizer, tokenizer_fingerprint
-from utils.token_probs import STAGE, write_token_probs
-from utils.windows import window_bytes
+from utils.manifest import begin_stage, finish_stage
+from utils.json_io import write_json
+from utils.extraction.hidden_states import DATASET, write_hidden_states
+from utils.lm.model import load_tokenizer
+from utils.lm.fingerprint import tokenizer_fingerprint
+from utils.extraction.token_probs import STAGE, write_token_probs
+from utils.text.windows import window_bytes
 
 Row = tuple[int, tuple[int, ...], int, int]  # entry id, chunk ids, window, position
 LABELS = {"dataset_name": "toy", "model_ds": "org/large", "model_gen": "small", "partition": "train"}

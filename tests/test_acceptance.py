@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils.acceptance import AcceptanceMap, read_map, save_map
-from utils.files import InputError, write_json
+from utils.decoding.acceptance import AcceptanceMap, read_map, save_map
+from utils.files import InputError
+from utils.json_io import write_json
 
 
 def test_a_map_of_a_threshold_is_a_line_from_2_theta_less_1_to_q_max() -> None:

@@ -10,7 +10,7 @@ from test_verified import verified
 from transformers import GenerationMixin
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from utils.drafting import DraftSettings, RetrievalDrafter
+from utils.decoding.draft import DraftSettings, RetrievalDrafter
 
 LOOP = inspect.getsource(GenerationMixin._assisted_decoding) if hasattr(GenerationMixin, "_assisted_decoding") else ""
 NEEDED = ("_get_candidate_generator(", "requires_model_outputs", "model_kwargs_overrides", "n_last_matches=")

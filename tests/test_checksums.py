@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from crashes import Stage, build_stages
 
-from utils import checksums
-from utils.checksums import SummedFile, list_files, list_path, require_as_written, summed
-from utils.files import InputError, Manifest, read_json, write_json
+from utils import manifest as checksums
+from utils.manifest import SummedFile, list_files, list_path, require_as_written, summed
+from utils.files import InputError
+from utils.manifest import Manifest
+from utils.json_io import read_json, write_json
 
 Refusal = Callable[..., str]
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.chunks import ChunkRows, find_chunks, sort_chunks, take_chunks
+from utils.datastore.chunks import ChunkRows, find_chunks, sort_chunks, take_chunks
 
 Row = tuple[int, tuple[int, ...], int, int]  # entry id, chunk ids, window, position
 

@@ -19,19 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from utils import python_docs as docs
-from utils.corpora import (
-    CORPORA,
-    Passage,
-    Source,
-    SplitRule,
-    WithoutSplits,
-    find_input_files,
-    local_files,
-    read_passages,
-    write_splits,
-)
-from utils.files import InputError, write_json_list
+from utils.text import python_docs as docs
+from utils.text.corpora import CORPORA, Passage, Source, SplitRule, WithoutSplits, find_input_files, local_files, read_passages, write_splits
+from utils.files import InputError
+from utils.json_io import write_json_list
 
 STAGE = "preprocess_dataset.py"
 RunStage = Callable[..., None]
@@ -472,9 +463,9 @@ def test_split_files_of_unknown_origin_are_neither_used_nor_lost(tmp_path: Path,
 
 
 def test_a_second_run_at_once_is_refused(tmp_path: Path, refusal: Refusal) -> None:
-    from utils.files import sole_writer
+    from utils.files import exclusive_lock
 
-    with sole_writer(tmp_path, STAGE):
+    with exclusive_lock(tmp_path, STAGE):
         assert "another run is writing" in refusal(STAGE, "--dataset", "python-docs", "--output_dir", tmp_path)
 
 

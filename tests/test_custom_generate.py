@@ -6,9 +6,9 @@ from architectures import tiny_lm
 from test_decoding import PROMPTS, datastore_near_text
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteria, StoppingCriteriaList
 
-from utils.custom_generate import chunk_generate
-from utils.datastore import Datastore
-from utils.drafting import DraftSettings
+from utils.decoding.hf import chunk_generate
+from utils.datastore.store import Datastore
+from utils.decoding.draft import DraftSettings
 
 LM = tiny_lm("llama")
 PROMPT = torch.tensor([PROMPTS[0]])

@@ -7,12 +7,12 @@ import pytest
 import torch
 from architectures import tiny_lm
 
-from utils.acceptance import Acceptance
-from utils.datastore import Datastore, TokenTrie
-from utils.decoding import Decoding, Request, decode
-from utils.models import CausalLM
-from utils.retrieval import Retriever
-from utils.sampling import Sampler
+from utils.decoding.acceptance import Acceptance
+from utils.datastore.store import Datastore, TokenTrie
+from utils.decoding.loop import Decoding, Request, decode
+from utils.lm.model import CausalLM
+from utils.decoding.retriever import Retriever
+from utils.lm.sampling import Sampler
 
 GREEDY = Sampler.from_settings(0, None, None)
 NO_EOS: frozenset[int] = frozenset()
@@ -131,15 +131,15 @@ def test_what_a_step_may_need_gives_the_same_text_when_it_comes_from_the_device_
     store = datastore_near_text(lm, PROMPTS, 20)
     sampler = Sampler.from_settings(temperature, None, None)
 
-    def texts(at_once: bool) -> dict[int, list[int]]:
+    def texts(prefetch_all: bool) -> dict[int, list[int]]:
         requests = [Request(i, prompt, 30) for i, prompt in enumerate(PROMPTS)]
-        how = Decoding(sampler, NO_EOS, Retriever(store, Acceptance(theta)), batch_size=3, at_once=at_once)
+        how = Decoding(sampler, NO_EOS, Retriever(store, Acceptance(theta)), batch_size=3, prefetch_all=prefetch_all)
         return {generation.index: generation.new_token_ids for generation in decode(lm, requests, how)}
 
-    wanted = texts(at_once=False)
+    wanted = texts(prefetch_all=False)
     for entry in store.n_rows:
         store.trie(entry).index._array = None  # as if the rows were on a device
-    assert texts(at_once=False) == texts(at_once=True) == wanted
+    assert texts(prefetch_all=False) == texts(prefetch_all=True) == wanted
 
 
 def test_similarity_threshold_one_and_an_empty_datastore_equal_the_baseline(lm):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from utils.draft_costs import LONGEST_WAIT, N_FIRST, WHOLE_EVERY, DraftCosts
-from utils.drafting import DraftTree
+from utils.decoding.draft_policy import LONGEST_WAIT, N_FIRST, WHOLE_EVERY, DraftPolicy
+from utils.decoding.draft import DraftTree
 
 # A branch of which the LM accepts all, and one of which it accepts nothing.
 TREE = DraftTree([1, 9, 2, 3, 4], [-1, -1, 0, 2, 3], [0.6, 0.4, 0.5, 0.45, 0.4])
@@ -12,45 +12,45 @@ BRANCH = [0, 2, 3, 4]
 
 
 def drafted(
-    costs: DraftCosts, n_steps: int, seconds, accepts: bool, search_seconds: float = 0.0, hint: float = 0.5
+    costs: DraftPolicy, n_steps: int, seconds, accepts: bool, search_seconds: float = 0.0, hint: float = 0.5
 ) -> list[DraftTree | None]:
     """What is drafted step by step (None: not looked for), where a pass over n tokens takes seconds(n)."""
     drafts: list[DraftTree | None] = []
     for _ in range(n_steps):
-        asked = costs.asks(hint)
+        asked = costs.should_draft(hint)
         tree = costs.paying_parts([TREE])[0] if asked else DraftTree([], [], [])
         n_tokens = 1 + len(tree.token_ids)
-        costs.saw_pass(1, n_tokens, seconds(n_tokens))
+        costs.record_pass(1, n_tokens, seconds(n_tokens))
         accepted = [i for i, token in enumerate(tree.token_ids) if accepts and token != 9]
         if tree.token_ids:
-            costs.saw_draft(tree, accepted)
+            costs.record_draft(tree, accepted)
         if asked:
-            costs.saw_search(hint, 1, n_tokens, len(accepted), search_seconds)
+            costs.record_search(hint, 1, n_tokens, len(accepted), search_seconds)
         drafts.append(tree if asked else None)
     return drafts
 
 
 def test_where_longer_passes_cost_nothing_whole_trees_are_verified():
-    late = drafted(DraftCosts(), 100, lambda n: 1.0, accepts=True)[N_FIRST:]
+    late = drafted(DraftPolicy(), 100, lambda n: 1.0, accepts=True)[N_FIRST:]
     assert all(draft == TREE for draft in late)
 
 
 def test_where_each_token_costs_only_the_branch_that_is_accepted_is_verified():
-    late = drafted(DraftCosts(), 400, lambda n: 1 + 0.3 * (n - 1), accepts=True)[300:]
+    late = drafted(DraftPolicy(), 400, lambda n: 1 + 0.3 * (n - 1), accepts=True)[300:]
     kept = [draft.token_ids for i, draft in enumerate(late, 300) if i % WHOLE_EVERY and draft is not None]
     assert kept
     assert all(token_ids == [1, 2, 3, 4] for token_ids in kept)
 
 
 def test_where_nothing_is_accepted_drafts_are_given_up_and_looked_for_now_and_then():
-    late = drafted(DraftCosts(), 1000, lambda n: 1 + 0.3 * (n - 1), accepts=False, search_seconds=0.1)[200:]
+    late = drafted(DraftPolicy(), 1000, lambda n: 1 + 0.3 * (n - 1), accepts=False, search_seconds=0.1)[200:]
     asked = [draft for draft in late if draft is not None]
     assert len(asked) == pytest.approx(800 / LONGEST_WAIT, abs=1)
     assert np.mean([len(draft.token_ids) for draft in asked]) < 1
 
 
 def test_only_where_the_hint_is_that_drafts_pay_they_are_looked_for():
-    costs, n_asked = DraftCosts(), {0.05: 0, 0.5: 0}
+    costs, n_asked = DraftPolicy(), {0.05: 0, 0.5: 0}
     for _ in range(500):
         for hint in n_asked:
             drafts = drafted(costs, 1, lambda n: 1 + 0.1 * (n - 1), accepts=hint > 0.1, search_seconds=0.1, hint=hint)
@@ -60,21 +60,21 @@ def test_only_where_the_hint_is_that_drafts_pay_they_are_looked_for():
 
 
 def test_drafts_come_back_when_they_are_accepted_again():
-    costs = DraftCosts()
+    costs = DraftPolicy()
     drafted(costs, 200, lambda n: 1 + 0.1 * (n - 1), accepts=False, search_seconds=0.1)
     late = drafted(costs, 600, lambda n: 1 + 0.1 * (n - 1), accepts=True, search_seconds=0.1)[500:]
     assert all(draft is not None and len(draft.token_ids) >= len(BRANCH) for draft in late)
 
 
 def test_rows_of_a_batch_are_drafted_for_as_far_as_pays_for_all_together():
-    costs, weak = DraftCosts(), DraftTree([7, 8], [-1, 0], [0.01, 0.005])
+    costs, weak = DraftPolicy(), DraftTree([7, 8], [-1, 0], [0.01, 0.005])
     for step in range(300):
         trees = costs.paying_parts([TREE, weak])
         n_tokens = 1 + max(len(tree.token_ids) for tree in trees)
-        costs.saw_pass(2, n_tokens, 1 + 0.2 * (n_tokens - 1))
+        costs.record_pass(2, n_tokens, 1 + 0.2 * (n_tokens - 1))
         for tree in trees:
             if tree.token_ids:
-                costs.saw_draft(tree, [i for i, token in enumerate(tree.token_ids) if token < 5])
+                costs.record_draft(tree, [i for i, token in enumerate(tree.token_ids) if token < 5])
         if step > 200 and step % WHOLE_EVERY:
             # The second row's nodes would not pay, but beside the first row's they cost nothing.
             assert [tree.token_ids for tree in trees] == [[1, 2, 3, 4], [7, 8]]

@@ -15,7 +15,7 @@ from conftest import TEXTS
 from processes import killed_before_rename
 from test_pipeline import LABELS, Pipeline, build
 
-from utils.models import load_lm
+from utils.lm.model import load_lm
 
 SHORT = ("--max_new_tokens", 8, "--temperature", 0)
 
@@ -269,9 +269,9 @@ def test_unusable_input_is_refused_in_one_sentence_and_nothing_is_lost(pipeline,
 
 
 def test_a_second_run_in_the_same_folder_is_refused(pipeline, refusal):
-    from utils.files import sole_writer
+    from utils.files import exclusive_lock
 
-    with sole_writer(pipeline.root / "first", "eval"):
+    with exclusive_lock(pipeline.root / "first", "eval"):
         message = refusal("eval.py", *pipeline.eval_flags(pipeline.root / "first", *SHORT))
     assert "another run is writing here" in message
 

@@ -23,11 +23,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from utils.chunks import find_chunks
-from utils.corpora import Passage
-from utils.expert_spans import ExpertSpans, cuts_character, token_bounds
+from utils.datastore.chunks import find_chunks
+from utils.text.corpora import Passage
+from utils.text.expert_spans import ExpertSpans, cuts_character, token_bounds
 from utils.files import InputError
-from utils.windows import WindowShape, plan_windows
+from utils.text.windows import WindowShape, plan_windows
 
 RunStage = Callable[..., None]
 Spans = list[tuple[int, int]]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from utils.corpora import read_passages
+from utils.text.corpora import read_passages
 from utils.expert_facts import Count, Question, best_threshold, count, holds, read_questions, wilson_interval
 from utils.files import InputError
 

@@ -16,13 +16,16 @@ from conftest import TEXTS
 from processes import in_child, killed_before_rename, on_full_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import utils.extraction
-from utils.extraction import WindowWriter, probabilities_of, score_windows, window_nll
-from utils.files import InputError, read_finished, sole_writer_of_part
-from utils.hidden_states import hidden_states_path, read_hidden_states, windows_with_hidden_states
-from utils.models import CausalLM, load_lm, load_tokenizer, model_fingerprint, tokenizer_fingerprint
-from utils.token_probs import STAGE, read_token_probs, token_probs_path, windows_with_token_probs
-from utils.windows import WindowShape
+import utils.extraction.run
+from utils.extraction.run import WindowWriter, window_nll
+from utils.lm.scoring import probabilities_of, score_windows
+from utils.files import InputError, sole_writer_of_part
+from utils.manifest import read_finished
+from utils.extraction.hidden_states import hidden_states_path, read_hidden_states, windows_with_hidden_states
+from utils.lm.model import CausalLM, load_lm, load_tokenizer
+from utils.lm.fingerprint import model_fingerprint, tokenizer_fingerprint
+from utils.extraction.token_probs import STAGE, read_token_probs, token_probs_path, windows_with_token_probs
+from utils.text.windows import WindowShape
 
 SHAPE = {"chunk_size": 24, "stride": 18, "min_length": 10}
 ALL_FILES = {".h5", "_index_to_seqlen.json", "_index_to_acc_index.json", "_manifest.json", "_checksums.txt"}

@@ -17,13 +17,13 @@ import torch
 from conftest import ROOT, TEXTS
 from processes import die_before_rename, in_child
 
-from utils import ranks
-from utils.extraction import largest_that_fits
+from utils.extraction import distributed as ranks
+from utils.lm.scoring import largest_that_fits
 from utils.files import InputError, sole_writer_of_part
-from utils.models import CausalLM, load_lm
-from utils.ranks import AnotherFailed, Ranks
-from utils.token_probs import STAGE, token_probs_path, windows_with_token_probs
-from utils.windows import share_of
+from utils.lm.model import CausalLM, load_lm
+from utils.extraction.distributed import AnotherFailed, Ranks
+from utils.extraction.token_probs import STAGE, token_probs_path, windows_with_token_probs
+from utils.text.windows import share_of
 
 FLAGS = ("--partition", "train", "--chunk_size", "24", "--stride", "18", "--min_length", "10", "--batch_size", "3")
 N_PLACES = 1 << 40

@@ -13,21 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils import files
-from utils.files import (
-    InputError,
-    begin_stage,
-    finish_stage,
-    iter_json_list,
-    json_list_writer,
-    make_folder,
-    open_text,
-    read_finished,
-    read_json,
-    replacing,
-    sole_writer,
-    write_json,
-    write_json_list,
-)
+from utils.files import InputError, make_folder, open_text, replacing, exclusive_lock
+from utils.manifest import begin_stage, finish_stage, read_finished
+from utils.json_io import iter_json_list, json_list_writer, read_json, write_json, write_json_list
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
@@ -253,12 +241,12 @@ def test_a_damaged_manifest_is_an_input_error(tmp_path: Path, content: str) -> N
 
 
 def test_a_second_writer_is_refused_while_the_first_one_runs(tmp_path: Path) -> None:
-    with sole_writer(tmp_path, "x.py"):
-        with pytest.raises(InputError, match="another run is writing here"), sole_writer(tmp_path, "x.py"):
+    with exclusive_lock(tmp_path, "x.py"):
+        with pytest.raises(InputError, match="another run is writing here"), exclusive_lock(tmp_path, "x.py"):
             pass
-        with sole_writer(tmp_path, "another_stage.py"):
+        with exclusive_lock(tmp_path, "another_stage.py"):
             pass
-    with sole_writer(tmp_path, "x.py"):
+    with exclusive_lock(tmp_path, "x.py"):
         pass
 
 
@@ -268,14 +256,14 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", holds], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
-    with pytest.raises(InputError), sole_writer(tmp_path, "x.py"):
+    with pytest.raises(InputError), exclusive_lock(tmp_path, "x.py"):
         pass
     process.kill()
     process.wait()
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         try:
-            with sole_writer(tmp_path, "x.py"):
+            with exclusive_lock(tmp_path, "x.py"):
                 return
         except InputError:
             time.sleep(0.05)

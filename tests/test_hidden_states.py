@@ -7,25 +7,10 @@ import h5py
 import numpy as np
 import pytest
 
-import utils.hidden_states
-from utils.files import InputError, write_json
-from utils.hidden_states import (
-    HiddenStateFiles,
-    HiddenStateShape,
-    UnfinishedH5,
-    begin_h5,
-    construct_memmap,
-    dat_is_whole,
-    discard_intermediates,
-    hidden_states_path,
-    map_all_hidden_states,
-    memmap_is_whole,
-    read_hidden_states,
-    read_index_map,
-    rows_to_write,
-    windows_with_hidden_states,
-    write_hidden_states,
-)
+import utils.extraction.hidden_states
+from utils.files import InputError
+from utils.json_io import write_json
+from utils.extraction.hidden_states import HiddenStateFiles, HiddenStateShape, UnfinishedH5, begin_h5, construct_memmap, dat_is_whole, discard_intermediates, hidden_states_path, map_all_hidden_states, memmap_is_whole, read_hidden_states, read_index_map, rows_to_write, windows_with_hidden_states, write_hidden_states
 
 LENGTHS = np.array([3, 1, 5, 2])
 HIDDEN_SIZE = 6

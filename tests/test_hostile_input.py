@@ -18,12 +18,13 @@ import torch
 from conftest import ROOT
 from mutations import BLIND, mutate
 
-from utils.datastore import open_datastore, read_flattened
-from utils.files import InputError, read_json
-from utils.hidden_states import map_all_hidden_states, read_hidden_states
-from utils.results import write_summary
-from utils.token_probs import find_token_probs, windows_with_token_probs
-from utils.token_trie import GROUP, read_context_vectors, read_trie_rows
+from utils.datastore.store import open_datastore, read_flattened
+from utils.files import InputError
+from utils.json_io import read_json
+from utils.extraction.hidden_states import map_all_hidden_states, read_hidden_states
+from utils.evaluation.results import write_summary
+from utils.extraction.token_probs import find_token_probs, windows_with_token_probs
+from utils.datastore.trie_files import GROUP, read_context_vectors, read_trie_rows
 
 sys.path.insert(0, str(ROOT))
 from benchmarks import fuzz

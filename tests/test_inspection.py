@@ -14,18 +14,8 @@ from hypothesis import strategies as st
 from tests.synthetic_corpus import Corpus, all_bytes, expected_rows, write_corpus
 from utils import inspect_datastore
 from utils.files import InputError
-from utils.inspection import (
-    Branch,
-    find_datastore,
-    heaviest,
-    prefix_tree,
-    proposals_in,
-    read_chunks,
-    sample_neighbors,
-    survey,
-    weighted_quantiles,
-)
-from utils.models import load_lm
+from utils.datastore.inspect import Branch, find_datastore, heaviest, prefix_tree, proposals_in, read_chunks, sample_neighbors, survey, weighted_quantiles
+from utils.lm.model import load_lm
 
 N_IDS = 7
 
@@ -106,13 +96,13 @@ def test_neighbors_are_those_that_comparing_all_pairs_finds(corpus: Corpus, trie
                 other = corpus.hidden_state(*place).astype(np.float64)
                 cosine = vector @ other / np.linalg.norm(vector) / np.linalg.norm(other)
                 fits = all(a == b for a, b in zip(chunk, other_chunk, strict=False))
-                others.append((cosine, chunk[0] == other_chunk[0], fits))
+                others.append((COSINE, chunk[0] == other_chunk[0], fits))
         if others:
             expected.append(max(others))
     assert found.n_drawn == len(rows)
     got = sorted(zip(found.similarities.tolist(), found.begins_alike.tolist(), found.fits.tolist(), strict=True))
-    for (similarity, *flags), (cosine, *expected_flags) in zip(got, sorted(expected), strict=True):
-        assert similarity == pytest.approx(cosine, abs=1e-6)
+    for (similarity, *flags), (COSINE, *expected_flags) in zip(got, sorted(expected), strict=True):
+        assert similarity == pytest.approx(COSINE, abs=1e-6)
         assert flags == expected_flags
     groups = list(found.groups())
     assert sum(n for _, _, n, *_ in groups) == len(expected)
@@ -218,7 +208,7 @@ def test_overview_says_sizes_and_writes_nothing(corpus: Corpus, tries: Path, ins
 def test_token_is_found_by_its_text_and_shown_with_it(
     corpus: Corpus, tries: Path, gpt2_folder: Path, inspect: Callable[..., str]
 ) -> None:
-    from utils.models import load_tokenizer
+    from utils.lm.model import load_tokenizer
 
     tokenizer = load_tokenizer(str(gpt2_folder))
     entry = expected_rows(corpus)[0][0]
@@ -267,7 +257,7 @@ def test_unusable_input_is_refused_in_one_sentence(
 
 
 def test_hostile_tokens_cannot_command_the_terminal(gpt2_folder: Path) -> None:
-    from utils.models import load_tokenizer
+    from utils.lm.model import load_tokenizer
 
     shown = inspect_datastore.quoted_by(load_tokenizer(str(gpt2_folder)))
     ids = load_tokenizer(str(gpt2_folder)).encode("\x1b[31m\x9b5m\n", add_special_tokens=False)

@@ -5,8 +5,8 @@ import torch
 from architectures import tiny_lm
 
 from utils.files import InputError
-from utils.kv_cache import Block, GraphedRows, OneRow, Rows, SlotRows, open_rows
-from utils.models import CausalLM
+from utils.lm.kv_cache import Block, GraphedKVCache, SingleSequenceCache, KVCache, SlotKVCache, make_kv_cache
+from utils.lm.model import CausalLM
 
 SLOTTED = ["gpt2", "llama", "mistral", "qwen2", "gemma2", "gemma3", "opt", "cohere", "granite", "neox"]
 
@@ -27,7 +27,7 @@ def close(hidden_state: torch.Tensor, logits: torch.Tensor, wanted: torch.Tensor
     return torch.allclose(torch.cat([hidden_state, logits]), wanted, atol=2e-4, rtol=1e-4)
 
 
-def prefills(rows: Rows, row: int, text: list[int], lm: CausalLM) -> bool:
+def prefills(rows: KVCache, row: int, text: list[int], lm: CausalLM) -> bool:
     hidden_states, logits = rows.prefill(row, [text])
     return close(hidden_states[0][-1], logits[0], uncached(lm, text))
 
@@ -36,8 +36,8 @@ def prefills(rows: Rows, row: int, text: list[int], lm: CausalLM) -> bool:
 @pytest.mark.parametrize("name", SLOTTED)
 def test_uneven_rows_give_what_each_text_gives_alone(name, graphs):
     lm = tiny_lm(name)
-    rows = open_rows(lm, 3, 40, graphs)
-    assert isinstance(rows, GraphedRows if graphs else SlotRows)
+    rows = make_kv_cache(lm, 3, 40, graphs)
+    assert isinstance(rows, GraphedKVCache if graphs else SlotKVCache)
     texts = [[5, 6, 7, 8, 9, 10, 11], [50], [20, 21, 22]]
     for row, text in enumerate(texts):
         assert prefills(rows, row, text, lm)
@@ -58,7 +58,7 @@ def test_uneven_rows_give_what_each_text_gives_alone(name, graphs):
 @pytest.mark.parametrize("name", SLOTTED)
 def test_each_tree_node_sees_the_text_and_its_ancestors_alone(name, graphs):
     lm = tiny_lm(name)
-    rows = open_rows(lm, 2, 40, graphs)
+    rows = make_kv_cache(lm, 2, 40, graphs)
     texts = [[5, 6, 7, 8, 9], [20, 21]]
     for row, text in enumerate(texts):
         rows.prefill(row, [text])
@@ -80,7 +80,7 @@ def test_each_tree_node_sees_the_text_and_its_ancestors_alone(name, graphs):
 
 def test_texts_of_one_length_start_together():
     lm = tiny_lm("mistral")
-    rows = open_rows(lm, 3, 20)
+    rows = make_kv_cache(lm, 3, 20)
     rows.prefill(0, [[1, 2]])
     texts = [[3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]]
     hidden_states, logits = rows.prefill(1, texts, all_hidden=True)
@@ -94,7 +94,7 @@ def test_texts_of_one_length_start_together():
 
 def test_a_moved_row_goes_on_where_it_was_and_a_freed_one_starts_anew():
     lm = tiny_lm("llama")
-    rows = open_rows(lm, 2, 20)
+    rows = make_kv_cache(lm, 2, 20)
     rows.prefill(0, [[1, 2, 3, 4, 5, 6]])
     rows.prefill(1, [[7, 8]])
     rows.move(1, 0)
@@ -106,8 +106,8 @@ def test_a_moved_row_goes_on_where_it_was_and_a_freed_one_starts_anew():
 
 def test_an_architecture_that_slots_do_not_fit_decodes_one_row_on_its_own_cache():
     lm = tiny_lm("bloom")
-    rows = open_rows(lm, 4, 40)
-    assert isinstance(rows, OneRow)
+    rows = make_kv_cache(lm, 4, 40)
+    assert isinstance(rows, SingleSequenceCache)
     assert rows.n_rows == 1
     text = [5, 6, 7]
     assert prefills(rows, 0, text, lm)
@@ -119,7 +119,7 @@ def test_an_architecture_that_slots_do_not_fit_decodes_one_row_on_its_own_cache(
 
 def test_a_model_whose_cached_text_differs_from_the_uncached_is_refused():
     with pytest.raises(InputError, match="mamba"):
-        open_rows(tiny_lm("mamba"), 1, 40)
+        make_kv_cache(tiny_lm("mamba"), 1, 40)
 
 
 def test_block_depths_and_visibility_follow_the_parents():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.live_texts import NO_TOKEN, LiveTexts
+from utils.decoding.draft import NO_TOKEN, LiveTexts
 
 DEPTH = 4
 

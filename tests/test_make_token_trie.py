@@ -19,10 +19,11 @@ from processes import killed_before_rename, on_full_disk
 from synthetic_corpus import Corpus, all_bytes, expected_rows, write_corpus, write_manifest, write_memmap
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from utils import context_vectors
-from utils.files import InputError, read_json, sole_writer_of_part, write_json
-from utils.hidden_states import DATASET
-from utils.token_trie import datastore_token_ids, read_context_vectors, read_trie_rows
+from utils.datastore import context_vectors
+from utils.files import InputError, sole_writer_of_part
+from utils.json_io import read_json, write_json
+from utils.extraction.hidden_states import DATASET
+from utils.datastore.trie_files import datastore_token_ids, read_context_vectors, read_trie_rows
 from utils.workers import n_workers_for
 
 SCRIPT = "make_token_trie.py"

@@ -21,18 +21,8 @@ from transformers import (
 )
 
 from utils.files import InputError
-from utils.models import (
-    CausalLM,
-    load_config,
-    load_lm,
-    load_tokenizer,
-    max_positions,
-    model_fingerprint,
-    pick_device,
-    require_known_ids,
-    require_windows_fit,
-    tokenizer_fingerprint,
-)
+from utils.lm.model import CausalLM, load_config, load_lm, load_tokenizer, max_positions, pick_device, require_known_ids, require_windows_fit
+from utils.lm.fingerprint import model_fingerprint, tokenizer_fingerprint
 
 FOLDERS = ("gpt2_folder", "llama_folder")
 

@@ -21,8 +21,8 @@ from benchmarks.paper.generating import (
 from benchmarks.paper.rouge import rouge_l, words
 from utils.cli import Parser
 from utils.files import InputError
-from utils.generation import AcceptedChunk, Generation, GenerationStats
-from utils.models import load_lm, load_tokenizer
+from utils.decoding.types import AcceptedChunk, Generation, GenerationStats
+from utils.lm.model import load_lm, load_tokenizer
 
 
 def generation(prompt: list[int], new: list[int], chunks: list[AcceptedChunk], forward_passes: int = 1) -> Generation:

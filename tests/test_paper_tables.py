@@ -14,12 +14,12 @@ from benchmarks.paper import chunk_length, composition, datastores, knn_lm, perp
 from benchmarks.paper.common import Reader, mean_interval, of_passages, ratio, works_of
 from benchmarks.paper.knn_lm import Choice, Keys, best_weight, knn_probabilities, nearest_keys
 from benchmarks.paper.near_duplicates import PartOfDatastore, SharedRuns, runs_of
-from utils.corpora import Passage
-from utils.datastore import Datastore
+from utils.text.corpora import Passage
+from utils.datastore.store import Datastore
 from utils.files import InputError
-from utils.models import load_tokenizer
-from utils.perplexity import Positions
-from utils.windows import WindowShape, plan_windows
+from utils.lm.model import load_tokenizer
+from utils.evaluation.perplexity import Positions
+from utils.text.windows import WindowShape, plan_windows
 
 RNG = np.random.default_rng
 

@@ -17,16 +17,17 @@ from conftest import TEXTS
 from test_decoding import PROMPTS, datastore_near_text, trie
 from test_pipeline import Pipeline, build
 
-from utils.acceptance import Acceptance
-from utils.corpora import Passage
-from utils.datastore import Datastore
-from utils.decoding import Decoding, Request, decode
-from utils.models import load_lm, load_tokenizer
-from utils.perplexity import TextSize, base_figures, cdlm_figures, find_proposals, negative_log_likelihood
-from utils.retrieval import Retriever
-from utils.sampling import Sampler
-from utils.segmentations import log_likelihoods
-from utils.windows import TokenFile, WindowPlan, WindowShape, plan_windows
+from utils.decoding.acceptance import Acceptance
+from utils.text.corpora import Passage
+from utils.datastore.store import Datastore
+from utils.decoding.loop import Decoding, Request, decode
+from utils.lm.model import load_lm, load_tokenizer
+from utils.evaluation.perplexity import TextSize, base_figures, cdlm_figures, find_proposals
+from utils.lm.scoring import negative_log_likelihood
+from utils.decoding.retriever import Retriever
+from utils.lm.sampling import Sampler
+from utils.evaluation.marginal import log_likelihoods
+from utils.text.windows import TokenFile, WindowPlan, WindowShape, plan_windows
 
 
 @pytest.fixture(scope="module")

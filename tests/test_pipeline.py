@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, TEXTS
 
-from utils.datastore import read_flattened
-from utils.hidden_states import read_hidden_states
-from utils.models import load_lm, load_tokenizer
+from utils.datastore.store import read_flattened
+from utils.extraction.hidden_states import read_hidden_states
+from utils.lm.model import load_lm, load_tokenizer
 
 GAMMA, SKIP, MAX_CHUNK = 0.004, 8, 5
 LABELS = ("--model_ds", "ds", "--model_gen", "gen", "--partition", "train", "--tok_prob_threshold", GAMMA)

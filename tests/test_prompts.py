@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.files import InputError
-from utils.prompts import Prompt, encode_prompts, read_prompts, require_room, require_template
+from utils.text.prompts import Prompt, encode_prompts, read_prompts, require_room, require_template
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}{% endfor %}"

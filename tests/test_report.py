@@ -17,16 +17,18 @@ from hypothesis import strategies as st
 from test_pipeline import Pipeline, build
 from transformers import AutoTokenizer
 
-from utils.acceptance import Acceptance, AcceptanceMap
-from utils.chunk_lists import ChunkListPaths
-from utils.datastore import open_datastore
-from utils.files import InputError, begin_stage, finish_stage, json_list_writer
-from utils.generation import AcceptedChunk, Generation, GenerationStats, Moment, Seen, TokenTexts, Trace, text_pieces
-from utils.models import load_lm
-from utils.report import ReportRun, as_data, write_report
-from utils.results import read_run
-from utils.second_reading import SecondReading, SeenChunk, read_again
-from utils.sources import Segment, find_windows, read_windows, segments_around
+from utils.decoding.acceptance import Acceptance, AcceptanceMap
+from utils.datastore.chunk_lists import ChunkListPaths
+from utils.datastore.store import open_datastore
+from utils.files import InputError
+from utils.manifest import begin_stage, finish_stage
+from utils.json_io import json_list_writer
+from utils.decoding.types import AcceptedChunk, Generation, GenerationStats, StepRecord, ProposalRecord, TokenTexts, Trace, text_pieces
+from utils.lm.model import load_lm
+from utils.evaluation.report.page import ReportRun, as_data, write_report
+from utils.evaluation.results import read_run
+from utils.evaluation.report.rescore import RescoredText, RescoredProposal, rescore
+from utils.datastore.provenance import Segment, find_windows, read_windows, segments_around
 
 HOSTILE = (
     '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 2"><!-- ]]> {{data}} &lt;b&gt;',
@@ -77,22 +79,22 @@ def hand_made(path: Path, n_texts: int = 1, n_tokens: int = 6, **changed: Any) -
 
     def text(index: int) -> tuple[Generation, Generation]:
         chunks = [AcceptedChunk(at, [at, at + 1], 0.95) for at in range(2, n_tokens, 3)]
-        taken = [Seen(chunk.position, chunk.position, 0.95) for chunk in chunks]
-        left = [Seen(chunk.position + 2, 0, 0.5) for chunk in chunks]
-        moments = [Moment(end, 0.1 * end, 0.01 * end, 0.001 * end, 0) for end in range(2, n_tokens + 3)]
+        taken = [ProposalRecord(chunk.position, chunk.position, 0.95) for chunk in chunks]
+        left = [ProposalRecord(chunk.position + 2, 0, 0.5) for chunk in chunks]
+        moments = [StepRecord(end, 0.1 * end, 0.01 * end, 0.001 * end, 0) for end in range(2, n_tokens + 3)]
         stats = GenerationStats(n_tokens, 1.0, 0.9, 0.05)
         generation = Generation(
             index, [0, 1], list(range(2, n_tokens + 2)), chunks, stats, Trace(moments, sorted(taken + left))
         )
         return generation, Generation(index, [0, 1], list(range(n_tokens)), [], stats)
 
-    def again(generation: Generation) -> SecondReading:
+    def again(generation: Generation) -> RescoredText:
         assert generation.trace is not None
         seen = [
-            SeenChunk(proposal, 1, [2, 3], 0, 0, [([1], 0.4), ([0, 1, 2], 0.25)])
+            RescoredProposal(proposal, 1, [2, 3], 0, 0, [([1], 0.4), ([0, 1, 2], 0.25)])
             for proposal in generation.trace.proposals
         ]
-        return SecondReading(np.full(len(generation.token_ids), -1.0), seen)
+        return RescoredText(np.full(len(generation.token_ids), -1.0), seen)
 
     settings: dict[str, Any] = {
         "name": RUN,
@@ -203,7 +205,7 @@ def test_rivals_are_the_next_best_chunks_and_a_lost_trace_is_found_again(made, r
     store = open_datastore(made.tries, device=lm.device, max_bytes=2**30)
     for index in range(4):
         generation = read_run(reported, index, RUN)
-        reading = read_again(lm, store, generation)
+        reading = rescore(lm, store, generation)
         with torch.inference_mode():
             states, logits = lm.forward(torch.tensor([generation.token_ids]), use_cache=False)
         log_p = logits[0].double().log_softmax(dim=1)
@@ -226,7 +228,7 @@ def test_rivals_are_the_next_best_chunks_and_a_lost_trace_is_found_again(made, r
         untraced = Generation(
             index, generation.prompt_ids, generation.new_token_ids, generation.chunks, generation.stats
         )
-        found = read_again(lm, store, untraced).proposals
+        found = rescore(lm, store, untraced).proposals
         assert [chunk.seen.position for chunk in found] == [chunk.seen.position for chunk in reading.proposals]
         for new, old in zip(found, reading.proposals, strict=True):
             assert new.seen.similarity == pytest.approx(old.seen.similarity, abs=1e-5)
@@ -621,20 +623,20 @@ def write_large(path: Path, words: list[str], n_texts: int = 200, n_tokens: int 
             ends = np.unique(ends)
             starts, lengths = ends - np.diff(ends, prepend=40), np.diff(ends, prepend=40)
             similarities = np.where(lengths > 1, 0.9, 0.5) + rng.uniform(0, 0.1, len(ends))
-            seen = [Seen(*each) for each in zip(starts.tolist(), range(len(ends)), similarities.tolist(), strict=True)]
+            seen = [ProposalRecord(*each) for each in zip(starts.tolist(), range(len(ends)), similarities.tolist(), strict=True)]
             chunks = [
                 AcceptedChunk(at.position, ids[at.position : at.position + n], at.similarity)
                 for at, n in zip(seen, lengths.tolist(), strict=True)
                 if at.similarity >= 0.9
             ]
             moments = [
-                Moment(end, 0.005 * i, 0.0005 * i, 0.00001 * i, 0) for i, end in enumerate([40, *ends.tolist()], 1)
+                StepRecord(end, 0.005 * i, 0.0005 * i, 0.00001 * i, 0) for i, end in enumerate([40, *ends.tolist()], 1)
             ]
             stats = GenerationStats(len(moments), 3.0, 2.5, 0.4)
             generation = Generation(index, ids[:40], ids[40:], chunks, stats, Trace(moments, seen))
             yield generation, Generation(index, ids[:40], ids[:n_tokens], [], stats)
 
-    def again(generation: Generation) -> SecondReading:
+    def again(generation: Generation) -> RescoredText:
         assert generation.trace is not None
         found = []
         for seen in generation.trace.proposals:
@@ -642,8 +644,8 @@ def write_large(path: Path, words: list[str], n_texts: int = 200, n_tokens: int 
             window, place = i % n_windows, i // n_windows % (N_WINDOW_TOKENS - 4)
             entry, *chunk = (window_token(window, place + ahead, n_words) for ahead in range(4))
             rivals = [([i * k % n_words, i % 7], 0.5) for k in (3, 5, 7)]
-            found.append(SeenChunk(seen._replace(row=i), entry, chunk, window, place, rivals))
-        return SecondReading(np.full(len(generation.token_ids), -1.0), found)
+            found.append(RescoredProposal(seen._replace(row=i), entry, chunk, window, place, rivals))
+        return RescoredText(np.full(len(generation.token_ids), -1.0), found)
 
     trie_folder = write_windows(path.parent, n_windows, n_words)
     run = ReportRun(

@@ -11,20 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from utils.display import format_example, format_table, mark_chunks, use_colour
+from utils.evaluation.summary import format_example, format_table, mark_chunks
+from utils.tables import use_colour
 from utils.files import InputError
-from utils.generation import AcceptedChunk, Generation, GenerationStats, Moment, Seen, Trace, text_pieces
-from utils.results import (
-    BASELINE,
-    SESSION,
-    pending_runs,
-    prompt_path,
-    read_run,
-    run_name,
-    save_run,
-    typical_prompt,
-    write_summary,
-)
+from utils.decoding.types import AcceptedChunk, Generation, GenerationStats, StepRecord, ProposalRecord, Trace, text_pieces
+from utils.evaluation.results import BASELINE, SESSION, pending_runs, prompt_path, read_run, run_name, save_run, typical_prompt, write_summary
 
 CHUNK = "generation_t0.5"
 SHARED = {"model": "abc", "temperature": 0.8, "max_new_tokens": 6}
@@ -32,13 +23,13 @@ SETTINGS = {BASELINE: SHARED, CHUNK: SHARED | {"similarity_threshold": 0.5}}
 # The prompt, then c, de, f, gh; before f a row was found and not taken.
 TRACE = Trace(
     [
-        Moment(2, 0.25, 0.0, 0.0, 0),
-        Moment(3, 0.5, 0.0, 0.000001, 0),
-        Moment(5, 0.75, 0.125, 0.000002, 0),
-        Moment(6, 1.0, 0.1875, 0.000002, 0),
-        Moment(8, 1.0, 0.25, 0.000004, 0),
+        StepRecord(2, 0.25, 0.0, 0.0, 0),
+        StepRecord(3, 0.5, 0.0, 0.000001, 0),
+        StepRecord(5, 0.75, 0.125, 0.000002, 0),
+        StepRecord(6, 1.0, 0.1875, 0.000002, 0),
+        StepRecord(8, 1.0, 0.25, 0.000004, 0),
     ],
-    [Seen(3, 17, 0.75), Seen(5, 0, -0.125), Seen(6, 4, 0.5)],
+    [ProposalRecord(3, 17, 0.75), ProposalRecord(5, 0, -0.125), ProposalRecord(6, 4, 0.5)],
 )
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

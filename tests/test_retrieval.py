@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from utils.acceptance import Acceptance
+from utils.decoding.acceptance import Acceptance
 
 
 def test_g_has_its_knots_where_the_paper_puts_them():

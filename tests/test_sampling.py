@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from utils.sampling import Sampler, uniforms
+from utils.lm.sampling import Sampler, uniforms
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.1, 0.0, 0.3, 0.1]]))
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import utils.search
-from utils.datastore import Datastore, TokenTrie
-from utils.search import VectorIndex, Way
+import utils.datastore.search
+from utils.datastore.store import Datastore, TokenTrie
+from utils.datastore.search import VectorIndex, Way
 
 WAYS: list[Way] = ["product", "half", "bounded"]
 # Sums of the same products in another order.

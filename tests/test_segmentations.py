@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from utils.acceptance import AcceptanceMap
-from utils.segmentations import Proposals, fit_map, gains, log_likelihoods, posteriors
+from utils.decoding.acceptance import AcceptanceMap
+from utils.evaluation.marginal import Proposals, fit_map, gains, log_likelihoods, posteriors
 
 
 def random_proposals(rng: np.random.Generator, lengths: list[int]) -> Proposals:

@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT, STAGES
 
 from utils.files import InputError
-from utils.prompts import read_prompts
-from utils.python_docs import split_of
+from utils.text.prompts import read_prompts
+from utils.text.python_docs import split_of
 
 WALK_THROUGHS = ("self_distillation", "knowledge_distillation", "expert_facts")
 SCRIPTS = ("run_pipeline.sh", "run_tests.sh", ".ci/run", *(f"examples/{name}.sh" for name in WALK_THROUGHS))

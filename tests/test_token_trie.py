@@ -22,24 +22,17 @@ from synthetic_corpus import (
     write_manifest,
 )
 
-from utils import chunk_lists, token_trie
-from utils.checksums import Written
-from utils.chunks import ChunkRows, find_chunks
-from utils.files import InputError, begin_stage, read_json, sole_writer, temporary_folder, write_json
-from utils.spilled_rows import Keys, Spill, spill
-from utils.token_probs import read_token_probs, token_probs_path, write_token_probs
-from utils.token_trie import (
-    TrieRows,
-    entry_token_ids,
-    entry_tokens_with_vectors,
-    find_trie_folder,
-    read_context_vectors,
-    read_token_id_list,
-    read_trie_rows,
-    trie_path,
-    write_context_vectors,
-    write_tries,
-)
+from utils.datastore import chunk_lists
+from utils.datastore import trie_files as token_trie
+from utils.manifest import FileSum
+from utils.datastore.chunks import ChunkRows, find_chunks
+from utils.files import InputError, exclusive_lock, temporary_folder
+from utils.manifest import begin_stage
+from utils.json_io import read_json, write_json
+from utils.datastore.external_sort import Keys, SortRuns, spill
+from utils.extraction.token_probs import read_token_probs, token_probs_path, write_token_probs
+from utils.datastore.trie_files import TrieRows, entry_token_ids, entry_tokens_with_vectors, find_trie_folder, read_context_vectors, read_token_id_list, read_trie_rows, trie_path, write_context_vectors
+from utils.datastore.external_sort import write_tries
 
 SCRIPT = "save_token_trie_info.py"
 FOLDER = "token_trie_toy_DSorg_large_Hsmall/train_0.5"
@@ -368,7 +361,7 @@ def test_stage_3_refuses_files_that_no_manifest_speaks_for(
 
 
 def test_stage_3_refuses_a_second_run_at_once(corpus: Corpus, tmp_path: Path, refusal: Callable[..., str]) -> None:
-    with sole_writer(tmp_path, "token_tries"):
+    with exclusive_lock(tmp_path, "token_tries"):
         assert "another run is writing" in refusal(SCRIPT, *corpus.stage_3_flags(tmp_path))
 
 
@@ -423,7 +416,7 @@ def test_another_stages_manifest_makes_no_trie_folder(tries: Path, tmp_path: Pat
 def write(folder: Path, *parts: ChunkRows, unit_bytes: int = 2**20) -> int:
     """Write the tries of some windows' rows; returns how many."""
     with temporary_folder(folder / ".rows") as spill_folder:
-        rows = Spill(Keys(int(max(part.token_ids.max() for part in parts)) + 1))
+        rows = SortRuns(Keys(int(max(part.token_ids.max() for part in parts)) + 1))
         for number, part in enumerate(parts):
             rows.add(spill(spill_folder / f"{number}.rows", part, rows.keys))
         return sum(len(written) for written in write_tries(folder, spill_folder, rows, unit_bytes=unit_bytes)) // 2
@@ -457,7 +450,7 @@ def test_what_is_told_of_written_vectors_is_what_a_reader_finds(
     vector_type = (hidden_size, vectors.dtype)
     told = write_context_vectors(tmp_path, 7, depths, vector_type, lambda a, b: vectors[a:b], n_block)
     data = (tmp_path / "7.h5").read_bytes()
-    assert told == {"7.h5": Written(f"{zlib.crc32(data):08x}", len(data))}
+    assert told == {"7.h5": FileSum(f"{zlib.crc32(data):08x}", len(data))}
     with h5py.File(tmp_path / "7.h5") as file:
         assert np.array_equal(np.concatenate([file["hidden_states"][str(depth)] for depth in depths]), vectors)
 

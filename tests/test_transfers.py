@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.transfers import packed, to_host, unpacked, upload
+from utils.lm.model import packed, to_host, unpacked, upload
 
 TENSORS = [
     torch.arange(3, dtype=torch.int32),

@@ -8,12 +8,12 @@ import torch
 from architectures import tiny_lm
 from test_decoding import GREEDY, NO_EOS, PROMPTS, datastore_near_text, run, trie
 
-from utils.acceptance import Acceptance
-from utils.datastore import Datastore
-from utils.decoding import Decoding, Request, decode
-from utils.drafting import NOTHING, DraftSettings, DraftTree, RetrievalDrafter, vote_line, vote_tree
-from utils.retrieval import Retriever
-from utils.sampling import Sampler
+from utils.decoding.acceptance import Acceptance
+from utils.datastore.store import Datastore
+from utils.decoding.loop import Decoding, Request, decode
+from utils.decoding.draft import NOTHING, DraftSettings, DraftTree, RetrievalDrafter, vote_line, vote_tree
+from utils.decoding.retriever import Retriever
+from utils.lm.sampling import Sampler
 
 
 class FixedDrafter:
@@ -36,9 +36,9 @@ def line(token_ids: list[int]) -> DraftTree:
     return DraftTree(token_ids, list(range(-1, len(token_ids) - 1)), [1.0] * len(token_ids))
 
 
-def verified(lm, prompts, n_new, drafter, batch_size=1, sampler=GREEDY, eos=NO_EOS, at_once=None):
+def verified(lm, prompts, n_new, drafter, batch_size=1, sampler=GREEDY, eos=NO_EOS, prefetch_all=None):
     requests = [Request(i, prompt, n_new) for i, prompt in enumerate(prompts)]
-    decoding = Decoding(sampler, eos, None, batch_size, drafter, at_once=at_once)
+    decoding = Decoding(sampler, eos, None, batch_size, drafter, prefetch_all=prefetch_all)
     return sorted(decode(lm, requests, decoding), key=lambda generation: generation.index)
 
 
@@ -101,9 +101,9 @@ def test_a_sample_is_token_for_token_what_the_seed_gives_without_drafts(shape):
     store = datastore_near_text(lm, PROMPTS, 20)
     for sampler in (Sampler.from_settings(1.0, None, None), Sampler.from_settings(0.7, 10, 0.9)):
         plain = tokens(run(lm, PROMPTS, 40, sampler=sampler))
-        for at_once in (False, True):
+        for prefetch_all in (False, True):
             drafter = RetrievalDrafter(store, DraftSettings(shape=shape, live="session"))
-            assert tokens(verified(lm, PROMPTS, 40, drafter, 3, sampler, at_once=at_once)) == plain
+            assert tokens(verified(lm, PROMPTS, 40, drafter, 3, sampler, prefetch_all=prefetch_all)) == plain
 
 
 def exact_distribution(lm, prompt: list[int], n_new: int, vocabulary: int) -> dict[tuple[int, ...], float]:

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-import utils.windows
-from utils.corpora import Passage
+import utils.text.windows
+from utils.text.corpora import Passage
 from utils.files import InputError
-from utils.windows import WindowShape, place_batches, plan_batches, plan_windows, share_of
+from utils.text.windows import WindowShape, place_batches, plan_batches, plan_windows, share_of
 
 
 @pytest.mark.parametrize(

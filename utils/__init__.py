@@ -1,1 +1,1 @@
-"""Chunk-Distilled Language Modeling: all logic of the five scripts, one room (module) each."""
+"""Chunk-Distilled Language Modeling: the logic behind the five scripts."""

@@ -1,18 +1,21 @@
-"""The flags that several scripts share, each with one spelling, default and help text, and how a script ends."""
+"""Command lines: the flags that several scripts share, each with one spelling, default and help text, and how a script
+ends."""
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.files import InputError
-from utils.progress import end_bars, set_verbosity
+from utils.progress import close_bars, set_verbosity
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers wrong flags in one line, without the usage of every flag before it."""
+    """An argument parser that answers wrong flags in one line instead of printing the usage of every flag first."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
@@ -22,54 +25,58 @@ class Parser(argparse.ArgumentParser):
 
 
 class StageParser(Parser):
-    """The parser of a stage: it also takes, and obeys, the flags that say how much is shown on the way."""
+    """The parser of a stage, which also has --quiet and --verbose and obeys them."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        shown = self.add_mutually_exclusive_group()  # added here, to come last in the help
-        shown.add_argument("--quiet", action="store_true", help="show results and errors only, no progress bars")
-        shown.add_argument("--verbose", action="store_true", help="also say what is read and how long each part takes")
+        verbosity = self.add_mutually_exclusive_group()  # added here, to come last in the help
+        verbosity.add_argument("--quiet", action="store_true", help="show results and errors only, no progress bars")
+        verbosity.add_argument(
+            "--verbose", action="store_true", help="also say what is read and how long each part takes"
+        )
         parsed = super().parse_args(args, namespace)
         set_verbosity(quiet=parsed.quiet, verbose=parsed.verbose)
         return parsed
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """The description as it is written; each flag's default behind its help where there is one to show."""
+    """Prints the description as it is written, and the default of each flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS) or action.required or "default" in shown:
-            return shown
-        return f"{shown} (default: %(default)s)"
+        text = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS) or action.required or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as job schedulers send it before they kill: the script ends as it does for Ctrl-C."""
+    """SIGTERM, which job schedulers send before they kill: the script ends as it does for Ctrl-C."""
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main, which ends in one line on stderr and exit status 2 for unusable input, 130 for Ctrl-C, 143
-    for SIGTERM; our bugs keep a traceback."""
+    """Run a script's main function.
+
+    Unusable input ends in one line on stderr and exit status 2, Ctrl-C in 130, SIGTERM in 143. Bugs keep a traceback.
+    """
     prog = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         main()
     except InputError as error:
-        sys.exit(_last_words(prog, f"error: {error}", 2))
-    except KeyboardInterrupt as end:
-        what, status = ("terminated", 143) if isinstance(end, Terminated) else ("interrupted", 130)
-        sys.exit(_last_words(prog, f"{what}; run the same command again and it goes on from here", status))
+        sys.exit(_final_message(prog, f"error: {error}", 2))
+    except KeyboardInterrupt as interrupt:
+        what, status = ("terminated", 143) if isinstance(interrupt, Terminated) else ("interrupted", 130)
+        sys.exit(_final_message(prog, f"{what}; run the same command again and it goes on from here", status))
 
 
 def _raise_terminated(*_: object) -> NoReturn:
     raise Terminated
 
 
-def _last_words(prog: str, message: str, status: int) -> int:
-    # From here on there is nothing to clean up: another signal ends the process at once, without a traceback.
+def _final_message(prog: str, message: str, status: int) -> int:
+    # Nothing is left to clean up, so a second signal may end the process at once, without a traceback.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    end_bars()
+    close_bars()
     print(f"{prog}: {message}", file=sys.stderr)
     return status
 
@@ -77,44 +84,40 @@ def _last_words(prog: str, message: str, status: int) -> int:
 # ---- Types of flags
 
 
-def positive_int(text: str) -> int:
-    return int(_number(text, int, "a whole number of at least 1", lambda value: value >= 1))
+@dataclass(frozen=True)
+class Range:
+    """An argparse type: a number within bounds. `least` and `most` belong to the range, `above` and `below` do not."""
+
+    kind: type[int] | type[float]
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = self.kind(text)
+            # NaN compares false, so it is refused as well.
+            if self.least <= value <= self.most and self.above < value < self.below:
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {self}")
+
+    def __str__(self) -> str:
+        number = "a whole number" if self.kind is int else "a number"
+        if self.most == self.below == math.inf:
+            return (
+                f"{number} above {self.above:g}" if self.least == -math.inf else f"{number} of at least {self.least:g}"
+            )
+        low = f"({self.above:g}" if self.least == -math.inf else f"[{self.least:g}"
+        high = f"{self.below:g})" if self.most == math.inf else f"{self.most:g}]"
+        return f"{number} in {low}, {high}"
 
 
-def non_negative_int(text: str) -> int:
-    return int(_number(text, int, "a whole number of at least 0", lambda value: value >= 0))
-
-
-def positive_float(text: str) -> float:
-    return _number(text, float, "a number above 0", lambda value: 0 < value < float("inf"))
-
-
-def non_negative_float(text: str) -> float:
-    return _number(text, float, "a number of at least 0", lambda value: 0 <= value < float("inf"))
-
-
-def share(text: str) -> float:
-    return _number(text, float, "a number in [0, 1)", lambda value: 0 <= value < 1)
-
-
-def probability(text: str) -> float:
-    return _number(text, float, "a number in (0, 1)", lambda value: 0 < value < 1)
-
-
-def top_p(text: str) -> float:
-    return _number(text, float, "a number in (0, 1]", lambda value: 0 < value <= 1)
-
-
-def draft_size(text: str) -> int:
-    return int(_number(text, int, "a whole number from 1 to 256", lambda value: 1 <= value <= 256))
-
-
-def window_size(text: str) -> int:
-    return int(_number(text, int, "a whole number of at least 2", lambda value: value >= 2))
-
-
-def cosine(text: str) -> float:
-    return _number(text, float, "a cosine similarity in [-1, 1]", lambda value: -1 <= value <= 1)
+POSITIVE_INT = Range(int, least=1)
+NON_NEGATIVE_INT = Range(int, least=0)
+COSINE = Range(float, least=-1, most=1)
 
 
 def boolean(text: str) -> bool:
@@ -124,21 +127,10 @@ def boolean(text: str) -> bool:
     return values[text.lower()]
 
 
-def plain_name(text: str) -> str:
+def file_name(text: str) -> str:
     if not text or "/" in text or text in (".", ".."):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a name without a slash: it becomes a file's")
     return text
-
-
-def _number(text: str, kind: type, expected: str, is_right: Callable[[float], bool]) -> float:
-    try:
-        value = kind(text)
-        # Comparisons with NaN are all false, so it is refused too.
-        if is_right(value):
-            return value
-    except (ValueError, OverflowError):
-        pass
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
 
 
 # ---- Flags of several scripts
@@ -151,7 +143,7 @@ def add_cache_dir(parser: Parser) -> None:
 
 
 def add_model(parser: Parser, default: str | None = None) -> None:
-    """default: what the script itself takes where no --model_path is given, for the help; None: one must be given."""
+    """default: what the script uses without --model_path, for the help; None: the flag is required."""
     of_model = "folder or hub name of a causal language model" + (f" (default: {default})" if default else "")
     parser.add_argument("--model_path", required=default is None, help=of_model)
     add_cache_dir(parser)
@@ -177,13 +169,16 @@ def add_datastore_labels(parser: Parser, dataset_flag: str, required: bool = Tru
     parser.add_argument("--model_gen", required=required, help="label of the model whose hidden states index them")
     parser.add_argument("--partition", required=required, help="label of the split, such as train")
     parser.add_argument(
-        "--tok_prob_threshold", type=share, required=required, help="γ in [0, 1): a token above it belongs to a chunk"
+        "--tok_prob_threshold",
+        type=Range(float, least=0, below=1),
+        required=required,
+        help="γ in [0, 1): a token above it belongs to a chunk",
     )
 
 
 def add_max_workers(parser: Parser) -> None:
     parser.add_argument(
-        "--max_workers", type=positive_int, default=32, help="processes, never more than there are cores"
+        "--max_workers", type=POSITIVE_INT, default=32, help="processes, never more than there are cores"
     )
 
 

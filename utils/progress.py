@@ -1,6 +1,6 @@
-"""What a script says on stderr while it works: progress bars, and what it reads and how long that takes.
+"""What a script says on stderr while it works: progress bars, and under --verbose what it reads and how long that takes.
 
-How much of it is shown is the level of the logger `utils`, which the modules' own loggers inherit: WARNING under
+The level of the logger `utils`, which the loggers of its modules inherit, decides how much is shown: WARNING under
 --quiet, INFO (bars) by default, DEBUG (bars and lines) under --verbose.
 """
 
@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
+from weakref import WeakSet
 
 from tqdm import tqdm
 
@@ -18,14 +19,14 @@ Item = TypeVar("Item")
 
 LOGGER = logging.getLogger("utils")
 LOGGER.setLevel(logging.INFO)
-# Seconds between two states of a bar that goes to a file.
+# Seconds between two states of a bar that goes to a file, so that a log of hours stays short.
 LOG_INTERVAL_S = 10
-# Libraries that show bars of their own while they fetch something; read when they are imported, which is later.
+# Libraries that show bars of their own while they download; they read these variables when they are first imported.
 HIDE_LIBRARY_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 
 def set_verbosity(*, quiet: bool, verbose: bool) -> None:
-    """Show results only, or lines beside the bars, for the rest of this process or until it is called again."""
+    """Choose how much this process shows from now on."""
     LOGGER.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
     if verbose and not any(isinstance(handler, _LineHandler) for handler in LOGGER.handlers):
         LOGGER.addHandler(_LineHandler())
@@ -34,7 +35,7 @@ def set_verbosity(*, quiet: bool, verbose: bool) -> None:
 
 
 class ProgressBar(tqdm):
-    """A bar on stderr with the rate and the time left; none under --quiet, and seldom a new state in a log file."""
+    """A bar on stderr with the rate and the time left; hidden under --quiet, and rarely updated in a log file."""
 
     def __init__(
         self,
@@ -58,16 +59,20 @@ class ProgressBar(tqdm):
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else LOG_INTERVAL_S,
         )
+        _BARS.add(self)
 
     def end(self) -> None:
-        """Take what there was for all there is, where that was not known before."""
+        """Show the bar as full where its total was not known before."""
         self.total = self.n
         self.refresh()
 
 
-def end_bars() -> None:
-    """Leave the bars as they are, what is printed next on a line of its own; an error may have left some open."""
-    for bar in list(getattr(tqdm, "_instances", ())):
+_BARS: "WeakSet[ProgressBar]" = WeakSet()
+
+
+def close_bars() -> None:
+    """Close the bars that an error left open, so that what is printed next starts on a line of its own."""
+    for bar in list(_BARS):
         bar.close()
 
 
@@ -81,7 +86,7 @@ def phase(what: str) -> Iterator[None]:
 
 
 class _LineHandler(logging.Handler):
-    """Writes a line on stderr, past the bars, with the seconds since the program began."""
+    """Writes a line on stderr above the bars, with the seconds since the program began."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(f"{record.relativeCreated / 1000:7.2f} s  {record.getMessage()}", file=sys.stderr)

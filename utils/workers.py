@@ -1,86 +1,90 @@
-"""Worker processes: the same work on many tasks, shared out over the cores, with little in memory at a time.
+"""Worker processes: one kind of work on many tasks, shared out over the cores, with little in memory at a time."""
 
-Workers are forked from a server that has loaded what the script itself has, never torch where it does not: such a
-worker starts in milliseconds and takes few megabytes.
-"""
-
-import math
 import os
 import signal
-import sys
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import forkserver, get_context, parent_process
-from types import ModuleType
+from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
-from utils.files import InputError, n_cores
+from utils.files import InputError
 
-# Workers are not forked from this process: it may have threads.
-_CONTEXT = get_context("forkserver")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
-# Seconds in which the server of worker processes starts. Until then this process works alone, which may be enough.
-START_S = 0.3
-# Tasks handed out per process: one at work, one that waits for it, so that no process waits for the parent.
+# Workers are not forked from this process, which may have threads, but from a server without any.
+_CONTEXT = get_context("forkserver")
+# What the start of workers takes, in seconds (benchmarks/build.py): each has to have as much to do, or none is started.
+START_S = 0.4
+# Tasks handed out per worker: one at work, one that waits for it, so that no worker waits for the parent.
 TASKS_AHEAD = 2
+_INTERRUPTS = {signal.SIGINT, signal.SIGTERM}
 
 
-def n_workers_for(max_workers: int | None) -> int:
-    """How many processes to use: never more than there are cores."""
-    return min(max_workers or n_cores(), n_cores())
+def n_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def n_workers_for(seconds: float, max_workers: int | None = None) -> int:
+    """How many processes pay for work that takes one of them so long: at most `max_workers`, at most one per core."""
+    return max(min(int(seconds / START_S), n_cores(), max_workers or n_cores()), 1)
+
+
+def pack(sizes: Mapping[Item, int], max_size: int, max_items: int) -> list[list[Item]]:
+    """Group items, the largest first, into tasks of at most `max_size` together, or one item, and `max_items`."""
+    tasks: list[list[Item]] = []
+    total = 0
+    for item, size in sorted(sizes.items(), key=lambda entry: -entry[1]):
+        if not tasks or total + size > max_size or len(tasks[-1]) == max_items:
+            tasks.append([])
+            total = 0
+        tasks[-1].append(item)
+        total += size
+    return tasks
 
 
 def in_processes(
     prepare: Callable[[], Callable[[Task], Result]],
     tasks: Sequence[Task],
-    max_workers: int,
+    n_workers: int,
     *,
     where: str,
     in_order: bool = False,
 ) -> Iterator[Result]:
-    """Yield the results of some tasks, done by at most `max_workers` processes; by this one alone where there is little to do.
+    """Yield the results of some tasks, done by `n_workers` processes; by this process itself where that is 1.
 
-    tasks: the largest first, where they differ; prepare: called once in each process, gives the function that does a
-    task; pickled, like tasks and results; in_order: results come in the order of the tasks, else as they end. At most
-    `TASKS_AHEAD` tasks per process are handed out at a time. An error of a task is raised here; InputError, which begins
-    with `where`, if a process died.
+    prepare: called once in each process, returns the function that does a task; pickled, like tasks and results.
+    in_order: yield results in the order of the tasks instead of as they end. At most `TASKS_AHEAD` tasks per worker are
+    handed out at a time. Raises what a task raises, and InputError, which begins with `where`, if a worker was killed.
     """
+    n_workers = min(n_workers, len(tasks))
+    if n_workers <= 1:
+        if tasks:
+            yield from map(prepare(), tasks)
+        return
+    # Has an effect before the first worker starts: what the server has imported, its workers need not.
+    _CONTEXT.set_forkserver_preload([__name__, getattr(prepare, "func", prepare).__module__])
     waiting = deque(tasks)
-    if not waiting:
-        return
-    n_workers = min(max_workers, len(waiting))
-    alone_until = math.inf if n_workers == 1 else start_server(getattr(prepare, "func", prepare).__module__)
-    if time.monotonic() < alone_until:
-        work = prepare()
-        # Small ones first, so that it is soon done with what it has begun.
-        take = waiting.popleft if in_order or n_workers == 1 else waiting.pop
-        while waiting and time.monotonic() < alone_until:
-            yield work(take())
-        del work
-    if not waiting:
-        return
-    n_workers = min(n_workers, len(waiting))
+    pending: deque[Future[Result]] = deque()
     with ProcessPoolExecutor(n_workers, _CONTEXT, _start_worker, (prepare,)) as pool:
-        under_way: deque[Future[Result]] = deque()
 
-        def hand_out(n_tasks: int) -> None:
-            under_way.extend(pool.submit(_work_on, waiting.popleft()) for _ in range(min(n_tasks, len(waiting))))
+        def submit(n_tasks: int) -> None:
+            pending.extend(pool.submit(_do_task, waiting.popleft()) for _ in range(min(n_tasks, len(waiting))))
 
         try:
-            with _without_main(), _interrupted_afterwards():
-                hand_out(TASKS_AHEAD * n_workers)
-            while under_way:
-                done = under_way[0] if in_order else next(iter(wait(under_way, return_when=FIRST_COMPLETED).done))
-                under_way.remove(done)
+            with _signals_blocked():
+                submit(TASKS_AHEAD * n_workers)
+            while pending:
+                done = pending[0] if in_order else next(iter(wait(pending, return_when=FIRST_COMPLETED).done))
+                pending.remove(done)
                 result = done.result()
-                hand_out(1)
+                submit(1)
                 yield result
         except BrokenProcessPool as error:
             message = f"{where}: a worker process was ended from outside, for lack of memory perhaps"
@@ -89,55 +93,14 @@ def in_processes(
             pool.shutdown(cancel_futures=True)
 
 
-_server_ready_at = math.inf  # on time.monotonic's clock
-
-
-def start_server(module: str) -> float:
-    """Have the server of worker processes start, if it has not yet, and load the module that their work is in.
-
-    Returns when it is likely to be ready, on `time.monotonic`'s clock. Called early, it starts while this process does
-    what it has to do first.
-    """
-    global _server_ready_at
-    if _server_ready_at == math.inf:
-        _CONTEXT.set_forkserver_preload([__name__, module])
-        # It answers Ctrl-C with a traceback until it has started.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        with _without_main():
-            forkserver.ensure_running()
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Keep Ctrl-C and SIGTERM waiting while processes start; these inherit the mask, and leave Ctrl-C to the parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    try:
+        yield
+    finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        _server_ready_at = time.monotonic() + START_S
-    return _server_ready_at
-
-
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """While processes start: spare them the imports of the script, of which they need nothing; eval.py's are torch."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-@contextmanager
-def _interrupted_afterwards() -> Iterator[None]:
-    """Keep Ctrl-C and SIGTERM for the end of the block: a worker whose pool goes while it starts dies with a traceback."""
-    if threading.current_thread() is not threading.main_thread():  # which signals never reach
-        yield
-        return
-    came: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:
-        signal.signal(number, lambda got, _: came.append(got))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
 
 
 _work: Callable[[Any], Any] | None = None  # of a worker process
@@ -145,19 +108,19 @@ _work: Callable[[Any], Any] | None = None  # of a worker process
 
 def _start_worker(prepare: Callable[[], Callable[[Any], Any]]) -> None:
     global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which a pool ends its workers
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _work = prepare()
 
 
-def _end_with_parent() -> None:
-    # A worker that outlived its killed parent would write beside the run that goes on.
+def _exit_with_parent() -> None:
+    # A worker that outlived its killed parent would write beside the next run.
     parent = parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def _work_on(task: Any) -> Any:
+def _do_task(task: Any) -> Any:
     assert _work is not None
     return _work(task)

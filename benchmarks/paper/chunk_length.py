@@ -30,8 +30,8 @@ from benchmarks.paper.common import (
     without_windows,
 )
 from benchmarks.paper.datastores import Work
-from utils.cli import Parser, non_negative_int, run_script
-from utils.segmentations import Proposals
+from utils.cli import NON_NEGATIVE_INT, Parser, run_script
+from utils.evaluation.marginal import Proposals
 
 UNCUT = 0
 
@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_flags(parser)
     parser.add_argument(
-        "--lengths", type=non_negative_int, nargs="+", default=[1, 2, 4, UNCUT], help="tokens of a chunk; 0: uncut"
+        "--lengths", type=NON_NEGATIVE_INT, nargs="+", default=[1, 2, 4, UNCUT], help="tokens of a chunk; 0: uncut"
     )
     return parser.parse_args(argv)
 

@@ -13,24 +13,16 @@ from transformers import PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from benchmarks.common import write_json
 from benchmarks.paper.datastores import SMALL, Work, add_work, work_of
-from utils.acceptance import Acceptance, AcceptanceMap
-from utils.cli import Parser, cosine, plain_name, positive_float, positive_int, probability, share, window_size
-from utils.corpora import read_passages, split_path
-from utils.datastore import Datastore, open_datastore
+from utils.decoding.acceptance import Acceptance, AcceptanceMap
+from utils.cli import COSINE, POSITIVE_INT, Parser, Range, file_name
+from utils.text.corpora import read_passages, split_path
+from utils.datastore.store import Datastore, open_datastore
 from utils.files import make_folder, require_file
-from utils.models import (
-    CausalLM,
-    load_config,
-    load_lm,
-    load_tokenizer,
-    pick_device,
-    require_known_ids,
-    require_windows_fit,
-)
-from utils.perplexity import TextSize, cdlm_figures, find_proposals, setting_probabilities
-from utils.segmentations import Proposals, log_likelihoods
-from utils.text_evaluation import fit_maps, plan_text
-from utils.windows import WindowPlan, WindowShape
+from utils.lm.model import CausalLM, load_config, load_lm, load_tokenizer, pick_device, require_known_ids, require_windows_fit
+from utils.evaluation.perplexity import TextSize, cdlm_figures, find_proposals, setting_probabilities
+from utils.evaluation.marginal import Proposals, log_likelihoods
+from utils.evaluation.perplexity import fit_maps, plan_text
+from utils.text.windows import WindowPlan, WindowShape
 
 SPLITS = ("train", "validation", "test")
 # θ of the default map are tried on validation: the paper tunes its η too, and what is right differs from model to model.
@@ -55,26 +47,26 @@ def add_flags(parser: Parser) -> None:
         metavar="NAME=DIR",
         help="in the place of --dataset: a name and stage 1's folder with all three splits; may be repeated",
     )
-    parser.add_argument("--tok_prob_threshold", type=share, default=0.3, help="γ of the datastore, in [0, 1)")
-    parser.add_argument("--similarity_threshold", type=cosine, default=0.5, help="θ of the map that one knob gives")
+    parser.add_argument("--tok_prob_threshold", type=Range(float, least=0, below=1), default=0.3, help="γ of the datastore, in [0, 1)")
+    parser.add_argument("--similarity_threshold", type=COSINE, default=0.5, help="θ of the map that one knob gives")
     add_windows(parser)
     parser.add_argument("--output", type=Path, help="JSON file of all results")
 
 
 def add_windows(parser: Parser) -> None:
     """The flags of how a text's perplexity is measured."""
-    parser.add_argument("--q_max", type=probability, default=0.999, help="highest acceptance probability")
-    parser.add_argument("--perplexity_window", type=window_size, default=512, help="tokens of a window")
-    parser.add_argument("--max_windows", type=positive_int, help="only a split's first windows (default: all)")
-    parser.add_argument("--batch_size", type=positive_int, default=8, help="windows that a model reads together")
-    parser.add_argument("--trie_cache_gb", type=positive_float, default=4.0, help="GB of tries kept in memory")
+    parser.add_argument("--q_max", type=Range(float, above=0, below=1), default=0.999, help="highest acceptance probability")
+    parser.add_argument("--perplexity_window", type=Range(int, least=2), default=512, help="tokens of a window")
+    parser.add_argument("--max_windows", type=POSITIVE_INT, help="only a split's first windows (default: all)")
+    parser.add_argument("--batch_size", type=POSITIVE_INT, default=8, help="windows that a model reads together")
+    parser.add_argument("--trie_cache_gb", type=Range(float, above=0), default=4.0, help="GB of tries kept in memory")
 
 
 def named_folder(text: str) -> tuple[str, Path]:
     name, _, folder = text.partition("=")
     if not folder:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=DIR, such as law=data/law")
-    return plain_name(name), Path(folder)
+    return file_name(name), Path(folder)
 
 
 def works_of(args: argparse.Namespace) -> dict[str, Work]:

@@ -38,13 +38,14 @@ from benchmarks.paper.common import (
 from benchmarks.paper.datastores import EXTRACT, Work
 from benchmarks.paper.gain_groups import composition, entry_rows_of
 from benchmarks.paper.near_duplicates import PartOfDatastore, SharedRuns
-from utils.cli import Parser, positive_int, probability, run_script
-from utils.corpora import Passage, read_passages
-from utils.datastore import Datastore
-from utils.files import InputError, read_finished
+from utils.cli import POSITIVE_INT, Parser, Range, run_script
+from utils.text.corpora import Passage, read_passages
+from utils.datastore.store import Datastore
+from utils.files import InputError
+from utils.manifest import read_finished
 from utils.progress import ProgressBar
-from utils.segmentations import Proposals
-from utils.windows import WindowShape
+from utils.evaluation.marginal import Proposals
+from utils.text.windows import WindowShape
 
 N_DRAWS = 3  # of other passages
 
@@ -52,9 +53,9 @@ N_DRAWS = 3  # of other passages
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_flags(parser)
-    parser.add_argument("--run_length", type=positive_int, default=13, help="tokens of a run that two passages share")
+    parser.add_argument("--run_length", type=POSITIVE_INT, default=13, help="tokens of a run that two passages share")
     parser.add_argument(
-        "--overlap", type=probability, default=0.1, help="share of runs from which a passage is a near-duplicate"
+        "--overlap", type=Range(float, above=0, below=1), default=0.1, help="share of runs from which a passage is a near-duplicate"
     )
     return parser.parse_args(argv)
 

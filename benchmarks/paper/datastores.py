@@ -14,10 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-from utils.cli import Parser, add_cache_dir, plain_name, positive_int
-from utils.corpora import split_path
+from utils.cli import POSITIVE_INT, Parser, add_cache_dir, file_name
+from utils.text.corpora import split_path
 from utils.files import InputError
-from utils.token_trie import trie_folder_path
+from utils.datastore.trie_files import trie_folder_path
 
 EXAMPLE_DATASET = "python-docs"
 LARGE, SMALL = (str(ROOT / "examples" / "models" / name) for name in ("large", "small"))
@@ -132,14 +132,14 @@ def add_work(parser: Parser, model_ds: str = LARGE, model_gen: str = LARGE) -> N
     work.add_argument("--dataset", help="of preprocess_dataset.py (default: python-docs; local with --input_files)")
     work.add_argument("--input_files", type=Path, nargs="+", metavar="PATH", help="your text: files or folders of them")
     work.add_argument("--text_column", metavar="NAME", help="column that holds the text (default: text)")
-    work.add_argument("--max_passages", type=positive_int, metavar="N", help="of each split (default: all)")
-    work.add_argument("--partition", type=plain_name, default="train", help="split that the chunks come from")
+    work.add_argument("--max_passages", type=POSITIVE_INT, metavar="N", help="of each split (default: all)")
+    work.add_argument("--partition", type=file_name, default="train", help="split that the chunks come from")
     shown = {LARGE: "the example's large", SMALL: "the example's small"}
     work.add_argument("--model_ds", default=model_ds, help=f"chooses the chunks (default: {shown[model_ds]})")
     work.add_argument("--model_gen", default=model_gen, help=f"indexes them, generates (default: {shown[model_gen]})")
-    work.add_argument("--chunk_size", type=positive_int, help="tokens of a window (default: stage 2's)")
-    work.add_argument("--stride", type=positive_int, help="tokens from window to window (default: stage 2's)")
-    work.add_argument("--min_length", type=positive_int, help="of a passage, in tokens (default: stage 2's)")
+    work.add_argument("--chunk_size", type=POSITIVE_INT, help="tokens of a window (default: stage 2's)")
+    work.add_argument("--stride", type=POSITIVE_INT, help="tokens from window to window (default: stage 2's)")
+    work.add_argument("--min_length", type=POSITIVE_INT, help="of a passage, in tokens (default: stage 2's)")
     work.add_argument("--device", default="auto", help="torch device; auto: CUDA if there is one")
     work.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="weights'")
     add_cache_dir(parser)

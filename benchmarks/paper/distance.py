@@ -45,14 +45,14 @@ from benchmarks.paper.generating import (
     open_whole,
     perplexity_under,
 )
-from utils.cli import Parser, cosine, run_script, share
-from utils.datastore import Datastore
-from utils.decoding import Decoding
-from utils.drafting import DraftSettings, RetrievalDrafter
+from utils.cli import COSINE, Parser, Range, run_script
+from utils.datastore.store import Datastore
+from utils.decoding.loop import Decoding
+from utils.decoding.draft import DraftSettings, RetrievalDrafter
 from utils.files import InputError
-from utils.generation import Generation
-from utils.models import CausalLM
-from utils.perplexity import SLICE_POSITIONS
+from utils.decoding.types import Generation
+from utils.lm.model import CausalLM
+from utils.lm.scoring import SLICE_POSITIONS
 
 VERIFY = "verify"
 LENGTHS = (1, 2, 3, 4)
@@ -67,10 +67,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_work(parser)
     add_generation(parser, temperature=1.0, batch_size=8)
-    parser.add_argument("--tok_prob_threshold", type=share, default=0.1, help="γ of the datastore, in [0, 1)")
+    parser.add_argument("--tok_prob_threshold", type=Range(float, least=0, below=1), default=0.1, help="γ of the datastore, in [0, 1)")
     parser.add_argument(
         "--similarity_thresholds",
-        type=cosine,
+        type=COSINE,
         nargs="+",
         default=[0.5, 0.7, 0.8, 0.9, 0.95],
         metavar="θ",

@@ -44,13 +44,14 @@ from benchmarks.paper.generating import (
     share_from_chunks,
 )
 from benchmarks.paper.rouge import require_rouge, rouge_l
-from utils.cli import Parser, cosine, positive_int, run_script, share
-from utils.corpora import split_path
-from utils.datastore import Datastore
-from utils.decoding import Decoding
-from utils.files import file_fingerprint, make_folder, write_json
-from utils.generation import Generation
-from utils.prompts import read_prompts
+from utils.cli import COSINE, POSITIVE_INT, Parser, Range, run_script
+from utils.text.corpora import split_path
+from utils.datastore.store import Datastore
+from utils.decoding.loop import Decoding
+from utils.files import file_fingerprint, make_folder
+from utils.json_io import write_json
+from utils.decoding.types import Generation
+from utils.text.prompts import read_prompts
 
 OTHER_SEED = "baseline, next seed"
 # The answers are windows of their own, each with its prompt in front as when it is asked again: no token is context only.
@@ -84,13 +85,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_work(parser)
     add_generation(parser, temperature=0.7)
-    parser.add_argument("--n_answers", type=positive_int, default=5, help="answers to a prompt that make the datastore")
+    parser.add_argument("--n_answers", type=POSITIVE_INT, default=5, help="answers to a prompt that make the datastore")
     parser.add_argument(
-        "--tok_prob_thresholds", type=share, nargs="+", default=[0.9], metavar="γ", help="of the datastores, in [0, 1)"
+        "--tok_prob_thresholds", type=Range(float, least=0, below=1), nargs="+", default=[0.9], metavar="γ", help="of the datastores, in [0, 1)"
     )
     parser.add_argument(
         "--similarity_thresholds",
-        type=cosine,
+        type=COSINE,
         nargs="+",
         default=[0.7, 0.8, 0.9, 0.95, 0.98, 0.99],
         metavar="θ",

@@ -19,9 +19,10 @@ from benchmarks.common import table, write_json
 from benchmarks.paper.datastores import LARGE, add_work_folder
 from benchmarks.paper.datastores import run_script as run_example
 from benchmarks.paper.generating import OverSeeds, add_seeds, cells, figures_over_seeds, require_seeds
-from utils.cli import Parser, add_model, non_negative_float, positive_int, run_script
-from utils.files import make_folder, read_json, require_file
-from utils.models import pick_device
+from utils.cli import POSITIVE_INT, Parser, Range, add_model, run_script
+from utils.files import make_folder, require_file
+from utils.json_io import read_json
+from utils.lm.model import pick_device
 
 HEADER = ("", "asked in", "right %", "false %")
 COLUMNS = {"right": (100.0, 1), "false": (100.0, 1)}
@@ -36,10 +37,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--directory", type=Path, help="your facts, as examples/staff_directory.json (default: invented)"
     )
-    parser.add_argument("--n_held_out", type=positive_int, default=16, help="people on whom θ is chosen")
-    parser.add_argument("--max_new_tokens", type=positive_int, default=20, help="tokens of an answer")
+    parser.add_argument("--n_held_out", type=POSITIVE_INT, default=16, help="people on whom θ is chosen")
+    parser.add_argument("--max_new_tokens", type=POSITIVE_INT, default=20, help="tokens of an answer")
     parser.add_argument(
-        "--temperatures", type=non_negative_float, nargs="+", default=[0.0, 1.0], help="of the LM's tokens; 0 is greedy"
+        "--temperatures", type=Range(float, least=0), nargs="+", default=[0.0, 1.0], help="of the LM's tokens; 0 is greedy"
     )
     add_seeds(parser)
     parser.add_argument("--output", type=Path, help="JSON file of all results")

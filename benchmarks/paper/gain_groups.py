@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.paper.common import Maps, mean_interval
-from utils.datastore import Datastore
-from utils.perplexity import setting_probabilities
-from utils.segmentations import Proposals, gains
-from utils.windows import WindowPlan
+from utils.datastore.store import Datastore
+from utils.evaluation.perplexity import setting_probabilities
+from utils.evaluation.marginal import Proposals, gains
+from utils.text.windows import WindowPlan
 
 LENGTHS = (1, 2, 3, 5, 9, 17)  # of chunks: the least of each group
 ENTRY_ROWS = (1, 10, 100, 1000, 10_000)

@@ -12,19 +12,19 @@ from transformers import PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from benchmarks.paper.common import Interval
 from benchmarks.paper.datastores import EXAMPLE_DATASET, ROOT, Work, run_script
-from utils.acceptance import Acceptance
-from utils.cli import Parser, non_negative_float, non_negative_int, positive_int
-from utils.datastore import Datastore, open_datastore
-from utils.decoding import Decoding, Request, decode
-from utils.evaluation import eos_token_ids
+from utils.decoding.acceptance import Acceptance
+from utils.cli import NON_NEGATIVE_INT, POSITIVE_INT, Parser, Range
+from utils.datastore.store import Datastore, open_datastore
+from utils.decoding.loop import Decoding, Request, decode
+from utils.lm.model import eos_token_ids
 from utils.files import InputError
-from utils.generation import Generation
-from utils.models import CausalLM, load_config, load_lm, load_tokenizer
-from utils.perplexity import negative_log_likelihood
+from utils.decoding.types import Generation
+from utils.lm.model import CausalLM, load_config, load_lm, load_tokenizer
+from utils.lm.scoring import negative_log_likelihood
 from utils.progress import ProgressBar
-from utils.prompts import encode_prompts, read_prompts, require_room
-from utils.retrieval import Retriever
-from utils.sampling import Sampler
+from utils.text.prompts import encode_prompts, read_prompts, require_room
+from utils.decoding.retriever import Retriever
+from utils.lm.sampling import Sampler
 
 BASELINE = "baseline"
 WARM_UP_TOKENS = 8
@@ -40,18 +40,18 @@ def add_generation(parser: Parser, *, temperature: float, max_new_tokens: int = 
     group = parser.add_argument_group("generation")
     default = "examples/prompts.json for python-docs, else cut from the test split"
     group.add_argument("--prompt_file", type=Path, help=f"prompts, as eval.py reads them (default: {default})")
-    group.add_argument("--n_prompts", type=positive_int, default=16, help="prompts, at most")
-    group.add_argument("--max_new_tokens", type=positive_int, default=max_new_tokens, help="tokens of each, at most")
+    group.add_argument("--n_prompts", type=POSITIVE_INT, default=16, help="prompts, at most")
+    group.add_argument("--max_new_tokens", type=POSITIVE_INT, default=max_new_tokens, help="tokens of each, at most")
     group.add_argument(
-        "--temperature", type=non_negative_float, default=temperature, help="of the LM's tokens; 0 is greedy"
+        "--temperature", type=Range(float, least=0), default=temperature, help="of the LM's tokens; 0 is greedy"
     )
-    group.add_argument("--prompt_batch_size", type=positive_int, default=batch_size, help="prompts decoded together")
+    group.add_argument("--prompt_batch_size", type=POSITIVE_INT, default=batch_size, help="prompts decoded together")
     add_seeds(group)
 
 
 def add_seeds(group: "argparse._ActionsContainer") -> None:
     group.add_argument(
-        "--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2], help="two to ten, all else being equal"
+        "--seeds", type=NON_NEGATIVE_INT, nargs="+", default=[0, 1, 2], help="two to ten, all else being equal"
     )
 
 

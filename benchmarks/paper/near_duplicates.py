@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from utils.datastore import Datastore, TokenTrie
+from utils.datastore.store import Datastore, TokenTrie
 
 # Odd, so that no power of it loses a token's bits; a run is a number in its base, modulo 2^64.
 BASE = np.uint64(0x9E3779B97F4A7C15)

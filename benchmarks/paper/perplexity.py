@@ -38,12 +38,12 @@ from benchmarks.paper.common import (
     without_windows,
 )
 from benchmarks.paper.datastores import EXTRACT, Work
-from utils.cli import Parser, positive_int, run_script
-from utils.corpora import split_path
-from utils.files import read_finished
-from utils.models import CausalLM
-from utils.perplexity import base_figures, base_log_likelihoods, compared_figures, gathered, read_positions
-from utils.segmentations import Proposals
+from utils.cli import POSITIVE_INT, Parser, run_script
+from utils.text.corpora import split_path
+from utils.manifest import read_finished
+from utils.lm.model import CausalLM
+from utils.evaluation.perplexity import base_figures, base_log_likelihoods, compared_figures, gathered, read_positions
+from utils.evaluation.marginal import Proposals
 
 SMALL_LM, LARGE_LM, KNN_LM = "small LM", "large LM", "kNN-LM"
 
@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--without_knn_lm", action="store_true", help="leave out kNN-LM, the slowest row")
     parser.add_argument(
         "--knn_tuning_windows",
-        type=positive_int,
+        type=POSITIVE_INT,
         default=32,
         help="validation windows, evenly spread, that kNN-LM is tuned on: each of their tokens is compared with all keys",
     )

@@ -1,0 +1,1 @@
+"""Stage 5's decode loop: proposals, acceptance, drafts, generation."""

@@ -1,0 +1,1 @@
+"""What stage 5 does around the decode loop: results, perplexity, reports."""

@@ -1,0 +1,376 @@
+"""Perplexity: of a text under the LM, and under CD-LM with the proposals of a datastore (paper section 5).
+
+The LM reads every window once. The proposals of all positions are found together, by one matrix product for each entry
+token; any number of acceptance settings is then evaluated from them (`marginal.py`).
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from utils.datastore.store import Datastore, TokenTrie
+from utils.decoding.acceptance import Acceptance, AcceptanceMap, save_map
+from utils.evaluation.marginal import Proposals, fit_map, log_likelihoods, posteriors
+from utils.files import InputError, file_fingerprint
+from utils.json_io import write_json
+from utils.lm.model import CausalLM, require_known_ids
+from utils.lm.scoring import require_finite, score_windows
+from utils.progress import ProgressBar
+from utils.tables import align, format_number
+from utils.text.corpora import read_passages
+from utils.text.windows import WindowPlan, WindowShape, plan_batches, plan_windows
+
+FITTED_MAP = "acceptance_map.json"
+PERPLEXITY = "perplexity.json"
+# Hidden states kept until their proposals are looked up together: 512 MB.
+HIDDEN_NUMBERS_AT_ONCE = 2**27
+N_RESAMPLES = 2000
+
+
+# ---- A text file
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """What a text's likelihood is divided by: tokens that were predicted, and their bytes in UTF-8."""
+
+    n_tokens: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """What turns a file of passages into proposals: the model, its datastore (None: none) and the windows' shape."""
+
+    lm: CausalLM
+    tokenizer: PreTrainedTokenizerBase
+    datastore: Datastore | None
+    shape: WindowShape
+    max_windows: int | None
+    batch_size: int
+    folder: Path  # for temporary files
+
+    def read(self, path: Path) -> tuple[Proposals, TextSize]:
+        """Raises InputError where the file holds no passages, none is long enough, or the model has no such ids."""
+        plan, size = plan_text(path, self.tokenizer, self.shape, self.max_windows, self.folder)
+        require_known_ids(self.lm.model.config, self.lm.name, plan.largest_id)
+        return find_proposals(self.lm, self.datastore, plan, self.batch_size), size
+
+
+def plan_text(
+    path: Path, tokenizer: PreTrainedTokenizerBase, shape: WindowShape, max_windows: int | None, folder: Path
+) -> tuple[WindowPlan, TextSize]:
+    """The windows of a file of passages that predict something, the first of them where there is a bound, and their size.
+
+    folder: for a temporary file. Raises InputError where the file holds no passages or none is long enough.
+    """
+    plan = plan_windows(read_passages(path), tokenizer, shape, folder)
+    # A window of one token predicts nothing.
+    kept = np.flatnonzero(plan.lengths > 1)[:max_windows]
+    plan = replace(plan, starts=plan.starts[kept], lengths=plan.lengths[kept])
+    texts = (tokenizer.decode(plan.token_ids(window)[1:]) for window in range(plan.n_windows))
+    n_bytes = sum(len(str(text).encode()) for text in texts)
+    return plan, TextSize(plan.n_tokens - plan.n_windows, n_bytes)
+
+
+def fit_maps(path: Path, proposals: Proposals, q_max: float) -> tuple[AcceptanceMap, float]:
+    """The map under which a text, the file's, is likeliest, and the best constant q; the map's origin says how likely.
+
+    Raises InputError where the datastore proposes nothing in that text.
+    """
+    try:
+        fitted, history = fit_map(proposals, q_max)
+        constant, _ = fit_map(proposals, q_max, n_knots=1)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; give a text of the datastore's domain") from error
+    best = constant.probabilities[0]
+    of_constant = float(log_likelihoods(proposals, np.where(np.isnan(proposals.similarities), 0, best)[None]).sum())
+    origin = {
+        "text": file_fingerprint(path),
+        "file": path.name,
+        "tokens": len(proposals.log_probs),
+        "steps": len(history),
+        "log_likelihood_base": float(proposals.log_probs.sum()),
+        "log_likelihood_constant": of_constant,
+        "log_likelihood_fitted": history[-1],
+        "constant": best,
+    }
+    return AcceptanceMap(fitted.similarities, fitted.probabilities, origin), best
+
+
+def fit_acceptance(reader: TextReader, path: Path, save_dir: Path, q_max: float) -> AcceptanceMap:
+    """Fit g to a text, save it in save_dir with the text's fingerprint and the likelihoods, and return it."""
+    proposals, _ = reader.read(path)
+    fitted, _ = fit_maps(path, proposals, q_max)
+    save_map(save_dir / FITTED_MAP, fitted)
+    return fitted
+
+
+def evaluate_perplexity(
+    reader: TextReader, path: Path, save_dir: Path, thresholds: list[float], acceptance: Acceptance
+) -> dict[str, Any]:
+    """Perplexity of the text under the base LM and, for each setting, under CD-LM; saved as perplexity.json.
+
+    Raises InputError where the acceptance map was fitted to this very text.
+    """
+    fitted = acceptance.fitted
+    if fitted is not None and fitted.origin.get("text") == file_fingerprint(path):
+        raise InputError(f"{path}: the acceptance map was fitted to this text; evaluate on another one")
+    proposals, size = reader.read(path)
+    constant = None if fitted is None else fitted.origin.get("constant")
+    settings = settings_of(thresholds, acceptance, constant)
+    probabilities = [setting_probabilities(setting, proposals) for setting in settings.values()]
+    figures = cdlm_figures(proposals, np.stack(probabilities), size) if settings else []
+    found = proposals.similarities[~np.isnan(proposals.similarities)]
+    quantiles = np.percentile(found, [5, 25, 50, 75, 95]).tolist() if len(found) else None
+    report = {
+        "text": {"file": path.name, "sha256": file_fingerprint(path), "windows": len(proposals.lengths)},
+        "acceptance": acceptance.policy,
+        "q_max": acceptance.q_max,
+        "similarity_quantiles": quantiles,
+        "base": base_figures(proposals, size),
+        "cdlm": dict(zip(settings, figures, strict=True)),
+    }
+    write_json(save_dir / PERPLEXITY, report, indent=2)
+    return report
+
+
+# ---- Proposals
+
+
+def find_proposals(lm: CausalLM, datastore: Datastore | None, plan: WindowPlan, batch_size: int) -> Proposals:
+    """The LM's probability and the datastore's proposal (None: none) at every position from a window's second token on.
+
+    Raises InputError where the model computes NaN or infinity.
+    """
+    lengths = plan.lengths - 1
+    n = int(lengths.sum())
+    found = Proposals(lengths, np.zeros(n), np.full(n, np.nan), *np.zeros((2, n), dtype=np.int64))
+    for positions in grouped(read_positions(lm, plan, batch_size)):
+        found.log_probs[positions.places] = positions.log_probs
+        if datastore is not None:
+            fill_in_nearest(found, datastore, positions)
+    return found
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Some positions, those of a window together and in order, and what the LM gives there; arrays of length n."""
+
+    entries: np.ndarray  # token ids
+    places: np.ndarray  # in the proposals' arrays
+    hidden_states: np.ndarray  # (n, D) float32: the entry tokens'
+    following: np.ndarray  # the next tokens
+    log_probs: np.ndarray  # what the LM gives to these
+    left: np.ndarray  # tokens left in the window
+
+
+def read_positions(lm: CausalLM, plan: WindowPlan, batch_size: int) -> Iterator[Positions]:
+    """Read every window once, in batches of equally long ones; yields the positions of each batch.
+
+    Raises InputError where the model computes NaN or infinity.
+    """
+    firsts = np.cumsum(plan.lengths - 1) - (plan.lengths - 1)
+    with ProgressBar(total=plan.n_tokens, desc="reading windows", unit="tok", unit_scale=True) as bar:
+        for windows in plan_batches(plan.lengths, batch_size):
+            token_ids = plan.batch_token_ids(windows)
+            scores = score_windows(lm, token_ids, np.dtype(np.float32))
+            for row, window in enumerate(windows.tolist()):
+                require_finite(window, row, scores)
+            assert scores.hidden_states is not None
+            n = token_ids.shape[1] - 1
+            yield Positions(
+                token_ids[:, :-1].ravel(),
+                (firsts[windows][:, None] + np.arange(n)).ravel(),
+                scores.hidden_states[:, :-1].reshape(-1, lm.hidden_size),
+                token_ids[:, 1:].ravel(),
+                scores.log_probs[:, 1:].ravel(),
+                np.tile(np.arange(n, 0, -1), len(windows)),
+            )
+            bar.update(token_ids.size)
+
+
+def grouped(parts: Iterable[Positions]) -> Iterator[Positions]:
+    """As many positions together as fit in memory, so that one search covers all those of an entry token."""
+    group: list[Positions] = []
+    n_numbers = 0
+    for part in parts:
+        if group and n_numbers + part.hidden_states.size > HIDDEN_NUMBERS_AT_ONCE:
+            yield _joined(group)
+            group, n_numbers = [], 0
+        group.append(part)
+        n_numbers += part.hidden_states.size
+    if group:
+        yield _joined(group)
+
+
+def _joined(group: list[Positions]) -> Positions:
+    columns = zip(*(vars(part).values() for part in group), strict=True)
+    return Positions(*(np.concatenate(column) for column in columns))
+
+
+def fill_in_nearest(found: Proposals, datastore: Datastore, queries: Positions) -> None:
+    """Fill in the proposals of some positions, by one search for all those of an entry token."""
+    order = np.argsort(queries.entries, kind="stable")
+    borders = np.flatnonzero(np.diff(queries.entries[order])) + 1
+    for positions in np.split(order, borders):
+        trie = datastore.trie(int(queries.entries[positions[0]]))
+        if trie is None:
+            continue
+        rows, similarities = trie.index.nearest_batch(torch.from_numpy(queries.hidden_states[positions]))
+        at = queries.places[positions]
+        chosen = rows.cpu().numpy()
+        found.similarities[at] = similarities.cpu().numpy()
+        found.chunk_lengths[at] = np.minimum(trie.chunk_lengths(chosen), queries.left[positions])
+        found.agreeing[at] = _agreeing(trie, chosen, found.chunk_lengths[at], queries.following, positions)
+
+
+def _agreeing(
+    trie: TokenTrie, rows: np.ndarray, lengths: np.ndarray, following: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+    """(n,) int64: how many tokens of each row's chunk, cut to its length, stand in the text after its position."""
+    longest = int(lengths.max())
+    chunks = trie.continuations(rows, longest, first=0)
+    ahead = np.arange(longest)
+    text = following[np.minimum(positions[:, None] + ahead, len(following) - 1)]
+    differs = (chunks != text) | (ahead >= lengths[:, None])
+    return np.where(differs.any(axis=1), differs.argmax(axis=1), longest)
+
+
+# ---- Figures
+
+
+def base_figures(proposals: Proposals, size: TextSize) -> dict[str, float]:
+    """Perplexity of the base LM."""
+    return _figures(-base_log_likelihoods(proposals), proposals.lengths, size)
+
+
+def base_log_likelihoods(proposals: Proposals) -> np.ndarray:
+    """(W,) log p of each window under the base LM alone."""
+    return np.array([proposals.log_probs[part].sum() for part in proposals.windows()])
+
+
+def compared_figures(log_p: np.ndarray, proposals: Proposals, size: TextSize) -> dict[str, float]:
+    """Perplexity where the windows of these proposals have log-likelihoods log_p (W,).
+
+    ratio: to the base LM's perplexity, its interval over the same windows of both.
+    """
+    gained = base_log_likelihoods(proposals) - log_p
+    lower, upper = _interval(gained, proposals.lengths)
+    ratio = {"ratio": float(np.exp(gained.sum() / size.n_tokens)), "ratio_lower": lower, "ratio_upper": upper}
+    return _figures(-log_p, proposals.lengths, size) | ratio
+
+
+def cdlm_figures(proposals: Proposals, probabilities: np.ndarray, size: TextSize) -> list[dict[str, float]]:
+    """Perplexity of CD-LM under each setting, compared with the base LM's; probabilities (S, N): q at each position.
+
+    coverage and accepted: shares of positions with a proposal, and with one of q >= 1/2; matched: share of the
+    proposals that are what the text says; from_chunks: expected share of the tokens that chunks brought.
+    """
+    log_p = log_likelihoods(proposals, probabilities)
+    found = ~np.isnan(proposals.similarities)
+    shares = {
+        "coverage": float(found.mean()),
+        "matched": float(proposals.matches[found].mean()) if found.any() else 0.0,
+    }
+    figures = []
+    for q, of_windows in zip(probabilities, log_p, strict=True):
+        brought = float((posteriors(proposals, q).accepted * proposals.chunk_lengths).sum())
+        extra = {"accepted": float((q >= 0.5).mean()), "from_chunks": brought / size.n_tokens}
+        figures.append(compared_figures(of_windows, proposals, size) | shares | extra)
+    return figures
+
+
+def _figures(nll: np.ndarray, n_tokens: np.ndarray, size: TextSize) -> dict[str, float]:
+    """nll (W,) in nats, n_tokens (W,) of each window."""
+    lower, upper = _interval(nll, n_tokens)
+    return {
+        "perplexity": float(np.exp(nll.sum() / n_tokens.sum())),
+        "perplexity_lower": lower,
+        "perplexity_upper": upper,
+        "mean_window_perplexity": float(np.exp(nll / n_tokens).mean()),
+        "bits_per_byte": float(nll.sum() / np.log(2) / size.n_bytes),
+        "nll": float(nll.sum()),
+        "tokens": int(n_tokens.sum()),
+    }
+
+
+def _interval(nll: np.ndarray, n_tokens: np.ndarray) -> tuple[float, float]:
+    """Bootstrap 95% interval of the perplexity over windows drawn with replacement; the draws are the same each time."""
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(len(nll), np.full(len(nll), 1 / len(nll)), size=N_RESAMPLES)  # (R, W)
+    resampled = np.exp(counts @ nll / (counts @ n_tokens))
+    lower, upper = np.percentile(resampled, [2.5, 97.5])
+    return float(lower), float(upper)
+
+
+def settings_of(
+    thresholds: list[float], acceptance: Acceptance, constant: float | None
+) -> dict[str, Acceptance | AcceptanceMap]:
+    """The settings of a table by name: each θ, and where a map was fitted, that and the best constant q beside it."""
+    settings: dict[str, Acceptance | AcceptanceMap] = {
+        str(float(theta) + 0.0): Acceptance(theta, acceptance.policy, acceptance.q_max) for theta in thresholds
+    }
+    if constant is not None:
+        settings["constant"] = AcceptanceMap((0.0,), (constant,))
+    if acceptance.fitted is not None:
+        settings["fitted"] = acceptance.fitted
+    return settings
+
+
+def setting_probabilities(setting: Acceptance | AcceptanceMap, proposals: Proposals) -> np.ndarray:
+    """(N,) q at each position, 0 where nothing is proposed."""
+    q = setting.probability if isinstance(setting, Acceptance) else setting
+    return np.where(np.isnan(proposals.similarities), 0.0, q(proposals.similarities))
+
+
+# ---- The table
+
+
+COLUMNS = (
+    ("perplexity", "perplexity", 1, 3),
+    ("95% from", "perplexity_lower", 1, 3),
+    ("to", "perplexity_upper", 1, 3),
+    ("to base LM", "ratio", 1, 4),
+    ("95% from", "ratio_lower", 1, 4),
+    ("to", "ratio_upper", 1, 4),
+    ("mean per window", "mean_window_perplexity", 1, 3),
+    ("bits/byte", "bits_per_byte", 1, 4),
+    ("accepted %", "accepted", 100, 1),
+    ("from chunks %", "from_chunks", 100, 1),
+)
+
+
+def format_perplexity(report: dict[str, Any]) -> str:
+    """The table: a row for the base LM and one for each setting, and what the proposals were like."""
+    named = {"base LM": report["base"]} | {_label(name): found for name, found in report["cdlm"].items()}
+    rows = [["", *(heading for heading, *_ in COLUMNS)]]
+    for name, figures in named.items():
+        cells = (format_number(figures.get(key), scale, decimals) for _, key, scale, decimals in COLUMNS)
+        rows.append([name, *cells])
+    lines = align(rows)
+    text = report["text"]
+    lines.append(f"{report['base']['tokens']:,} tokens in {text['windows']:,} windows of {text['file']}")
+    if not report["cdlm"]:
+        return "\n".join(lines)
+    first = next(iter(report["cdlm"].values()))
+    lines.append(
+        f"proposals at {first['coverage']:.1%} of them, {first['matched']:.1%} of which are what the text says"
+    )
+    if report["similarity_quantiles"]:
+        shown = zip((5, 25, 50, 75, 95), report["similarity_quantiles"], strict=True)
+        lines.append("best similarity, quantiles: " + ", ".join(f"{share}% {value:.3f}" for share, value in shown))
+    if report["acceptance"] == "threshold":
+        lines.append(
+            f"θ accepts with probability {report['q_max']} (--q_max), since with 1 a wrong chunk is impossible"
+        )
+    return "\n".join(lines)
+
+
+def _label(name: str) -> str:
+    return {"constant": "CD-LM, best constant q", "fitted": "CD-LM, fitted map"}.get(name, f"CD-LM, θ {name}")

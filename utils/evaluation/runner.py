@@ -1,0 +1,466 @@
+"""Stage 5: check that model, prompts and datastore belong together, generate what is not there yet, report."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from utils.datastore.store import Datastore, open_datastore, require_made_with
+from utils.datastore.trie_files import HIDDEN_STATES_MANIFEST
+from utils.decoding.acceptance import Acceptance, AcceptanceMap, Policy, read_map
+from utils.decoding.draft import DraftSettings, RetrievalDrafter
+from utils.decoding.draft_policy import DraftPolicy
+from utils.decoding.loop import Decoding, decode, n_slots_for
+from utils.decoding.retriever import Retriever
+from utils.decoding.types import Generation, Request
+from utils.evaluation.perplexity import FITTED_MAP, TextReader, evaluate_perplexity, fit_acceptance, format_perplexity
+from utils.evaluation.report.page import ReportRun, write_report
+from utils.evaluation.report.rescore import rescore
+from utils.evaluation.results import (
+    BASELINE,
+    pending_runs,
+    prompt_path,
+    read_baseline,
+    read_run,
+    run_name,
+    save_run,
+)
+from utils.evaluation.summary import TokenStream, format_example, format_table, typical_prompt, write_summary
+from utils.files import InputError, file_fingerprint, make_folder
+from utils.json_io import write_json_list
+from utils.lm.fingerprint import model_fingerprint, tokenizer_fingerprint
+from utils.lm.kv_cache import KVCache, make_kv_cache
+from utils.lm.model import CausalLM, eos_token_ids, load_config, load_lm, load_tokenizer, max_positions, pick_device
+from utils.lm.sampling import Sampler
+from utils.lm.scoring import negative_log_likelihood
+from utils.progress import ProgressBar, phase
+from utils.tables import use_colour
+from utils.text.corpora import SPLITS, split_path
+from utils.text.prompts import Prompt, encode_prompts, require_room
+from utils.text.windows import WindowShape
+
+LOGGER = logging.getLogger(__name__)
+WARM_UP_TOKENS = 8
+
+
+# ---- Settings
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model that generates: a folder or hub name, where it is put, and the dtype of its weights."""
+
+    path: str
+    cache_dir: Path | None
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class DatastoreSettings:
+    """The datastore, and how it is read."""
+
+    trie_folder: Path
+    dataset: str  # the labels, to show
+    partition: str
+    tok_prob_threshold: float
+    excluded: frozenset[int]  # entry tokens without proposals
+    max_rows: int | None  # of a trie; None: no bound
+    max_bytes: int  # of tries in memory
+    move_to_device: bool  # all tries, from the start
+    reprocess: bool
+    verify_checksums: bool
+
+
+@dataclass(frozen=True)
+class AcceptanceSettings:
+    """Which proposals are accepted: θ, or a fitted map from a file."""
+
+    similarity_threshold: float
+    policy: Policy
+    q_max: float
+    map_path: Path | None
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What to generate from the prompts, and how."""
+
+    prompts: list[Prompt]
+    prompt_file: Path | None
+    template: str | None
+    chat: bool
+    runs: Literal["datastore", "baseline", "both"]
+    decoding: Literal["chunk", "verify"]
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    batch_size: int
+    cuda_graphs: bool
+    drafts: DraftSettings
+    draft_growth: Literal["paying", "full"]
+    stream: bool
+    overwrite: bool
+    save_as_corpus: Path | None
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """The texts whose perplexity is computed, or to which an acceptance map is fitted."""
+
+    perplexity_file: Path | None
+    fit_acceptance: Path | None
+    thresholds: list[float]  # θ of the table
+    window: int
+    max_windows: int | None
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What one command of stage 5 is asked for: the script's flags. datastore: None where only the baseline runs."""
+
+    model: ModelSettings
+    datastore: DatastoreSettings | None
+    acceptance: AcceptanceSettings
+    generation: GenerationSettings
+    texts: TextSettings
+    save_dir: Path
+    report: Path | None
+
+
+# ---- The runs of one command
+
+
+class Evaluation:
+    """The runs of one command: `run` generates and saves them, `summary` returns what came out as text."""
+
+    def __init__(self, settings: EvaluationSettings) -> None:
+        """Raises InputError where a prompt does not fit the model, or the datastore is not this model's."""
+        self._settings, self._generation = settings, settings.generation
+        model = settings.model
+        config = load_config(model.path, model.cache_dir)
+        self._tokenizer = load_tokenizer(model.path, model.cache_dir)
+        prompts = self._generation.prompts
+        self._encoded = encode_prompts(prompts, self._tokenizer, self._generation.template, self._generation.chat)
+        require_room(prompts, self._encoded, max_positions(config), self._generation.max_new_tokens)
+        self._model_fingerprint = model_fingerprint(model.path, model.cache_dir)
+        if settings.datastore is not None:
+            tokenizer = tokenizer_fingerprint(self._tokenizer)
+            require_made_with(settings.datastore.trie_folder, model.path, tokenizer, self._model_fingerprint)
+        self._run_name = run_name(self._generation.decoding, settings.acceptance.similarity_threshold)
+        map_path = settings.acceptance.map_path
+        self._fitted: AcceptanceMap | None = read_map(map_path) if map_path else None
+        self._similarities: list[float] = []  # of this command's proposals
+        self._parts: list[str] = []  # of the summary
+
+    def run(self) -> None:
+        """Fit, evaluate and generate, as the settings ask."""
+        texts = self._settings.texts
+        if texts.fit_acceptance:
+            self._fit(texts.fit_acceptance)
+        if texts.perplexity_file:
+            thresholds = [] if self._settings.datastore is None else texts.thresholds
+            found = evaluate_perplexity(
+                self._text_reader(), texts.perplexity_file, self._settings.save_dir, thresholds, self._acceptance
+            )
+            self._parts.append(format_perplexity(found))
+        if self._generation.prompts:
+            self._generate()
+        if self._generation.save_as_corpus:
+            self._save_as_corpus(self._generation.save_as_corpus)
+        if self._settings.report:
+            self._write_report(self._settings.report)
+
+    @cached_property
+    def _lm(self) -> CausalLM:
+        model = self._settings.model
+        return load_lm(model.path, model.device, model.dtype, model.cache_dir)
+
+    @cached_property
+    def _datastore(self) -> Datastore:
+        settings, lm = self._settings.datastore, self._lm
+        assert settings is not None
+        # Verified drafts compare a few rows and count votes on the host; chunk mode searches whole tries on the device.
+        on_device = self._generation.decoding == "chunk" or settings.move_to_device
+        datastore = open_datastore(
+            settings.trie_folder,
+            device=lm.device if on_device else torch.device("cpu"),
+            max_bytes=settings.max_bytes,
+            excluded=settings.excluded,
+            max_rows=settings.max_rows,
+            reprocess=settings.reprocess,
+            verify=settings.verify_checksums,
+        )
+        if datastore.hidden_size != lm.hidden_size:
+            got = f"hidden size {datastore.hidden_size} but {self._settings.model.path} has {lm.hidden_size}"
+            raise InputError(f"{settings.trie_folder}: {got}; rebuild the datastore with this model")
+        if settings.move_to_device:
+            datastore.load_all()
+        return datastore
+
+    @property
+    def _acceptance(self) -> Acceptance:
+        settings = self._settings.acceptance
+        return Acceptance(settings.similarity_threshold, settings.policy, settings.q_max, self._fitted)
+
+    def _decode_text(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+
+    # ---- Texts
+
+    def _fit(self, path: Path) -> None:
+        save_dir = self._settings.save_dir
+        self._fitted = fit_acceptance(self._text_reader(), path, save_dir, self._settings.acceptance.q_max)
+        origin, n_tokens = self._fitted.origin, self._fitted.origin["tokens"]
+        shown = ", ".join(
+            f"{name} {np.exp(-origin[f'log_likelihood_{name}'] / n_tokens):.3f}"
+            for name in ("base", "constant", "fitted")
+        )
+        self._parts.append(
+            f"Acceptance map fitted to {path} in {origin['steps']} steps; perplexity there: {shown} "
+            f"(best constant q {origin['constant']:.4f}): {save_dir / FITTED_MAP}"
+        )
+
+    def _text_reader(self) -> TextReader:
+        texts = self._settings.texts
+        shape = WindowShape(texts.window, texts.window, min_length=2)
+        datastore = None if self._settings.datastore is None else self._datastore
+        return TextReader(
+            self._lm, self._tokenizer, datastore, shape, texts.max_windows, texts.batch_size, self._settings.save_dir
+        )
+
+    # ---- Generation
+
+    @cached_property
+    def _run_settings(self) -> dict[str, dict[str, Any]]:
+        """By the name of each run: all that decides its tokens. The baseline's are among those of every other run."""
+        generation, datastore = self._generation, self._settings.datastore
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "cuda_graphs")
+        baseline: dict[str, Any] = {
+            "model": self._model_fingerprint,
+            "device": pick_device(self._settings.model.device).type,
+        }
+        baseline |= {name: getattr(generation, name) for name in names} | {"dtype": self._settings.model.dtype}
+        if generation.runs == "baseline":
+            return {BASELINE: baseline}
+        assert datastore is not None
+        with_datastore = baseline | {
+            "datastore": file_fingerprint(datastore.trie_folder / HIDDEN_STATES_MANIFEST),
+            "excluded": sorted(datastore.excluded),
+            "max_rows": datastore.max_rows,
+        }
+        if generation.decoding == "verify":
+            drafts = generation.drafts
+            with_datastore |= {
+                "draft_shape": drafts.shape,
+                "max_draft_tokens": drafts.max_tokens,
+                "draft_neighbors": drafts.neighbors,
+                "draft_temperature": drafts.temperature,
+                "live": drafts.live,
+                "draft_growth": generation.draft_growth,
+            }
+        else:
+            acceptance = self._acceptance
+            fitted = acceptance.fitted
+            with_datastore |= {
+                "acceptance": acceptance.policy,
+                "q_max": acceptance.q_max if acceptance.policy == "bernoulli" else None,
+                "acceptance_map": None if fitted is None else [fitted.similarities, fitted.probabilities],
+            }
+        return ({BASELINE: baseline} if generation.runs == "both" else {}) | {self._run_name: with_datastore}
+
+    def _generate(self) -> None:
+        """Generate every run that a prompt lacks, and save it as it ends."""
+        lacking = self._lacking_runs()
+        if not lacking:
+            return
+        lm, stream = self._lm, None
+        caches = self._make_caches(lm, lacking)
+        with phase("warming up"):
+            self._warm_up(lm, caches)
+        if self._generation.stream:
+            stream = TokenStream(sys.stdout, self._decode_text, use_colour(sys.stdout))
+        on_tokens = None if stream is None else stream.write
+        generations = {
+            name: decode(lm, requests, replace(self._decoding(name, lm), cache=caches[name], on_tokens=on_tokens))
+            for name, requests in lacking.items()
+        }
+        total = sum(map(len, lacking.values()))
+        with ProgressBar(total=total, desc="generating", unit="run", disable=stream is not None) as bar:
+            for name in _turns(list(generations), {name: len(requests) for name, requests in lacking.items()}):
+                if stream is not None:
+                    stream.begin(name, {request.index: request.prompt_ids for request in lacking[name]})
+                generation = next(generations[name])
+                self._save(lm, name, generation)
+                bar.update()
+                LOGGER.debug("prompt %s, %s: %s", generation.index, name, _costs(generation))
+
+    def _lacking_runs(self) -> dict[str, list[Request]]:
+        """What is left to generate, by the name of the run."""
+        pairs = [(prompt.text, ids) for prompt, ids in zip(self._generation.prompts, self._encoded, strict=True)]
+        pending = pending_runs(self._settings.save_dir, pairs, self._run_settings, self._generation.overwrite)
+        by_name = {
+            name: [self._request(index) for index, names in enumerate(pending) if name in names]
+            for name in self._run_settings
+        }
+        return {name: requests for name, requests in by_name.items() if requests}
+
+    def _request(self, index: int) -> Request:
+        return Request(index, self._encoded[index], self._generation.max_new_tokens, self._generation.seed)
+
+    def _make_caches(self, lm: CausalLM, lacking: dict[str, list[Request]]) -> dict[str, KVCache]:
+        """A cache for each run. One prompt at a time leaves no sequence in it between two turns, so all runs share one."""
+        n_rows = min(self._generation.batch_size, max(map(len, lacking.values())))
+        uses_drafts = self._generation.decoding == "verify" and self._run_name in lacking
+        n_slots = n_slots_for([request for requests in lacking.values() for request in requests], uses_drafts)
+        with torch.inference_mode():
+            make = partial(make_kv_cache, lm, n_rows, n_slots, graphs=self._generation.cuda_graphs)
+            return dict.fromkeys(lacking, make()) if n_rows == 1 else {name: make() for name in lacking}
+
+    def _warm_up(self, lm: CausalLM, caches: dict[str, KVCache]) -> None:
+        """Run each kind of decoding once, since first calls are slow. Its drafts, times and similarities are thrown away."""
+        n_tokens = min(WARM_UP_TOKENS, self._generation.max_new_tokens)
+        for name, cache in caches.items():
+            decoding = replace(self._decoding(name, lm), cache=cache, retriever=self._retriever(name, []))
+            for _ in decode(lm, [Request(0, self._encoded[0], n_tokens)], decoding):
+                pass
+
+    def _decoding(self, name: str, lm: CausalLM) -> Decoding:
+        """How a run decodes, with a drafter of its own."""
+        generation = self._generation
+        decoding = Decoding(
+            sampler=Sampler.from_settings(generation.temperature, generation.top_k, generation.top_p),
+            eos_token_ids=eos_token_ids(lm.model.generation_config, self._tokenizer),
+            retriever=self._retriever(name, self._similarities),
+            batch_size=generation.batch_size,
+        )
+        if name == BASELINE or generation.decoding == "chunk":
+            return decoding
+        policy = DraftPolicy() if generation.draft_growth == "paying" else None
+        return replace(decoding, drafter=RetrievalDrafter(self._datastore, generation.drafts), draft_policy=policy)
+
+    def _retriever(self, name: str, similarities: list[float]) -> Retriever | None:
+        """similarities: a list that each proposal's is added to."""
+        if name == BASELINE or self._generation.decoding != "chunk":
+            return None
+        return Retriever(self._datastore, self._acceptance, similarities)
+
+    def _save(self, lm: CausalLM, name: str, generation: Generation) -> None:
+        nll = negative_log_likelihood(lm, generation.prompt_ids, generation.new_token_ids)
+        prefix = self._generation.prompts[generation.index].text
+        save_run(self._settings.save_dir, name, generation, prefix, self._run_settings[name], self._decode_text, nll)
+
+    def _save_as_corpus(self, folder: Path) -> None:
+        """Write the generated texts as stage 1 writes a corpus, all in train; each with its prompt, as the model read it."""
+        make_folder(folder)
+        name, n_prompts = next(iter(self._run_settings)), len(self._generation.prompts)
+        texts = [self._corpus_text(read_run(self._settings.save_dir, i, name).token_ids) for i in range(n_prompts)]
+        for split in SPLITS:
+            write_json_list(split_path(folder, split), [{"text": text} for text in texts] if split == "train" else [])
+        self._parts.append(f"{len(texts)} texts as a corpus: {split_path(folder, 'train')}")
+
+    def _corpus_text(self, token_ids: list[int]) -> str:
+        """Without the tokens of begin and end, which stage 2's windows do not have either."""
+        marks = {self._tokenizer.bos_token_id, *eos_token_ids(self._lm.model.generation_config, self._tokenizer)}
+        first = 1 if token_ids[0] in marks else 0
+        last = len(token_ids) - (1 if token_ids[-1] in marks else 0)
+        return self._decode_text(token_ids[first:last])
+
+    # ---- What came out
+
+    def summary(self, colour: bool) -> str:
+        """The table of all runs in --save_dir, one generation with its chunks marked, and where the files are."""
+        save_dir = self._settings.save_dir
+        if not self._generation.prompts:
+            return "\n\n".join(self._parts)
+        summary = write_summary(save_dir)
+        parts = [*self._parts, format_table(summary)]
+        if self._run_name in self._run_settings and self._generation.decoding == "verify":
+            shares = summary["runs"][self._run_name].get("acceptance_by_position", [])
+            shown = ", ".join(f"{ahead} {share:.0%}" for ahead, share in enumerate(shares, start=1))
+            parts.append(f"Drafted tokens accepted, by how far ahead: {shown or 'nothing was drafted'}")
+        elif self._run_name in self._run_settings:
+            index = typical_prompt(save_dir, self._run_name)
+            generation = read_run(save_dir, index, self._run_name)
+            parts.append(format_example(generation, self._run_name, self._decode_text, colour))
+        if self._similarities:
+            parts.append(_describe(np.array(self._similarities), self._settings.acceptance.similarity_threshold))
+        parts.append(f"Every generation: {prompt_path(save_dir, 0)} and on; totals: {save_dir / 'summary.json'}")
+        return "\n\n".join(parts)
+
+    def _write_report(self, path: Path) -> None:
+        """Write the page about this command's run, from what is in --save_dir, whenever it was generated."""
+        settings, generation = self._settings, self._generation
+        name = BASELINE if generation.runs == "baseline" else self._run_name
+        summary, acceptance = write_summary(settings.save_dir), self._acceptance
+        proposes = name != BASELINE and generation.decoding == "chunk" and not acceptance.never
+        with_what = {"chunk": "with chunks", "verify": "with drafts"}[generation.decoding]
+        datastore = settings.datastore
+        ending = "alone" if datastore is None else f"{with_what} of {datastore.dataset}"
+        run = ReportRun(
+            name=name,
+            title=f"{Path(settings.model.path).name} {ending}",
+            facts=self._facts(summary["runs"][name]["settings"]),
+            similarity_threshold=acceptance.similarity_threshold,
+            policy=acceptance.policy,
+            acceptance_map=acceptance.in_force if proposes else None,
+            is_fitted=self._fitted is not None,
+            corpus="" if datastore is None else f"{datastore.dataset}, {datastore.partition}",
+            trie_folder=None if datastore is None else datastore.trie_folder,
+        )
+        indices = ProgressBar(range(len(generation.prompts)), desc="writing the report", unit="text")
+        texts = ((read_run(settings.save_dir, i, name), read_baseline(settings.save_dir, i, name)) for i in indices)
+        how = partial(rescore, self._lm, self._datastore) if proposes else None
+        write_report(path, run, summary, texts, self._decode_text, how)
+        self._parts.append(f"To look at in a browser: {path}")
+
+    def _facts(self, run_settings: dict[str, Any]) -> list[tuple[str, str]]:
+        """What the page says of how the run was made."""
+        model, datastore = self._settings.model, self._settings.datastore
+        facts: dict[str, Any] = {
+            "model": model.path,
+            "model fingerprint": run_settings["model"],
+            "prompts": self._generation.prompt_file,
+        }
+        if datastore is not None:
+            theta = self._settings.acceptance.similarity_threshold
+            facts |= {"datastore": datastore.trie_folder, "γ": datastore.tok_prob_threshold, "θ": theta}
+        facts |= {name: value for name, value in run_settings.items() if name not in ("model", "datastore")}
+        return [(name.replace("_", " "), str(value)) for name, value in facts.items() if value not in (None, [])]
+
+
+def _turns(names: list[str], counts: dict[str, int]) -> Iterator[str]:
+    """The runs' names in the order in which each yields its next generation: in turn, so that the machine's noise meets
+    all alike, and each first half of the time, so that neither always finds the caches warm."""
+    left = dict(counts)
+    while names := [name for name in names if left[name]]:
+        for name in names:
+            yield name
+            left[name] -= 1
+        names.reverse()
+
+
+def _costs(generation: Generation) -> str:
+    stats, n_tokens = generation.stats, len(generation.new_token_ids)
+    passes = f"{n_tokens} tokens in {stats.forward_passes} forward passes, {stats.seconds:.2f} s"
+    return f"{passes} ({stats.lm_seconds:.2f} in the LM, {stats.retrieval_seconds:.2f} in retrieval)"
+
+
+def _describe(similarities: np.ndarray, similarity_threshold: float) -> str:
+    """The distribution of the best similarities, without which θ says little: it differs from model to model."""
+    quantiles = np.percentile(similarities, [5, 25, 50, 75, 95])
+    shown = ", ".join(f"{share}% {value:.3f}" for share, value in zip((5, 25, 50, 75, 95), quantiles, strict=True))
+    above = (similarities >= similarity_threshold).mean()
+    return (
+        f"Best similarity of {len(similarities)} proposals, quantiles: {shown}; "
+        f"{above:.1%} are at or above θ = {similarity_threshold}"
+    )

@@ -1,0 +1,1 @@
+"""Stage 2: token probabilities and hidden states of a text."""

@@ -1,0 +1,1 @@
+"""One causal language model: load, score, decode on a KV cache."""

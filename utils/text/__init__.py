@@ -1,0 +1,1 @@
+"""What is read: corpora, windows and prompts."""
