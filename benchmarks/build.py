@@ -32,8 +32,8 @@ from benchmarks.extraction_speed import measure_extraction
 from benchmarks.memory import Usage, run_measured
 from benchmarks.synthetic import CHUNK_SIZE, PARTITION, SyntheticExtraction, token_prob_files
 from utils.cli import POSITIVE_INT, Parser, Range, run_script
-from utils.json_io import read_json
 from utils.datastore.trie_files import MANIFEST, trie_folder_path
+from utils.json_io import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("stage 3", "stage 4", "flattening")
@@ -43,7 +43,7 @@ FLATTEN = """
 import sys
 from pathlib import Path
 import torch
-from utils.datastore import open_datastore
+from utils.datastore.store import open_datastore
 open_datastore(Path(sys.argv[1]), device=torch.device("cpu"), max_bytes=int(float(sys.argv[2]) * 1e9))
 """
 
@@ -59,9 +59,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="sizes of the text (default: 131072 and 4 and 16 times as many)",
     )
     parser.add_argument("--hidden_size", type=POSITIVE_INT, default=256, help="numbers of a hidden state, float32")
-    parser.add_argument("--tok_prob_threshold", type=Range(float, least=0, below=1), default=0.3, help="γ of the datastore")
+    parser.add_argument(
+        "--tok_prob_threshold", type=Range(float, least=0, below=1), default=0.3, help="γ of the datastore"
+    )
     parser.add_argument("--max_chunk_length", type=POSITIVE_INT, default=64, help="tokens at which a chunk is cut")
-    parser.add_argument("--max_memory_gb", type=Range(float, above=0), default=4, help="for stage 3 and for eval.py's tries")
+    parser.add_argument(
+        "--max_memory_gb", type=Range(float, above=0), default=4, help="for stage 3 and for eval.py's tries"
+    )
     parser.add_argument("--repeats", type=POSITIVE_INT, default=5, help="of each measurement")
     parser.add_argument(
         "--data_dir", type=Path, metavar="DIR", help="stage 1's output: measure stage 2 on its first passages too"

@@ -3,7 +3,7 @@
     python benchmarks/checksums.py --extracted output/stages/extracted/large --model examples/models/large
 
 Runs stage 3, stage 4 and the flattening on what stage 2 wrote, in this process, and times within them the listing
-(utils/checksums.py: size and CRC-32 of every file written). Then it times what the next stage does with the list:
+(utils/manifest.py: size and CRC-32 of every file written). Then it times what the next stage does with the list:
 comparing sizes, and reading everything with --verify_checksums.
 """
 
@@ -24,11 +24,11 @@ import torch
 import make_token_trie
 import save_token_trie_info
 from benchmarks.common import seconds_of, table, write_json
-from utils import manifest as checksums
-from utils.datastore import store as datastore
 from utils.cli import Parser, run_script
-from utils.manifest import read_manifest
+from utils.datastore import flattened
+from utils.datastore.store import open_datastore
 from utils.datastore.trie_files import HIDDEN_STATES_MANIFEST, HIDDEN_STATES_STAGE, MANIFEST, STAGE, trie_folder_path
+from utils.manifest import list_files, read_list, read_manifest, require_as_written
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -45,13 +45,13 @@ class Listing:
     """Stands in for `list_files` and sums up how long it took."""
 
     def __init__(self) -> None:
-        self.seconds, self._list_files = 0.0, checksums.list_files
-        for module in (save_token_trie_info, make_token_trie, datastore):
+        self.seconds = 0.0
+        for module in (save_token_trie_info, make_token_trie, flattened):
             module.list_files = self  # type: ignore[attr-defined]
 
     def __call__(self, *arguments: Any) -> dict[str, Any]:
         started = time.perf_counter()
-        found = self._list_files(*arguments)
+        found = list_files(*arguments)
         self.seconds += time.perf_counter() - started
         return found
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{stem}.h5",
         ]
         folder = trie_folder_path(Path(tries), "d", "m", "m", args.partition, args.tok_prob_threshold)
-        flattened = folder / datastore.FOLDER
+        pickles = folder / flattened.FOLDER
         stage_3 = ["--token_prob_dir", str(stem), "--output_dir", tries, "--model_name", args.model, *names]
         steps: list[tuple[str, Callable[[], object], Path, str]] = [
             ("3 tries", lambda: save_token_trie_info.main(stage_3), folder / MANIFEST, STAGE),
@@ -87,18 +87,18 @@ def main(argv: list[str] | None = None) -> None:
             ),
             (
                 "5 flattening",
-                lambda: datastore.open_datastore(folder, device=torch.device("cpu"), max_bytes=10**9),
-                flattened / MANIFEST,
-                datastore.STAGE,
+                lambda: open_datastore(folder, device=torch.device("cpu"), max_bytes=10**9),
+                pickles / MANIFEST,
+                flattened.FLATTENING_STAGE,
             ),
         ]
         for name, run, path, stage in steps:
             seconds = seconds_of(run)
             listed_s = listing.taken()
             manifest = read_manifest(path, stage)
-            files = [path.parent / each for each in checksums.read_list(path, manifest)]
+            files = [path.parent / each for each in read_list(path, manifest)]
             sizes_s, verify_s = (
-                seconds_of(lambda: checksums.require_as_written(path, manifest, files, verify=verify))  # noqa: B023
+                seconds_of(lambda: require_as_written(path, manifest, files, verify=verify))  # noqa: B023
                 for verify in (False, True)
             )
             n_bytes = manifest.files["n_bytes"]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.manifest import package_versions
 from utils.json_io import write_json as write_json_file
+from utils.manifest import package_versions
 
 # More than the last-level cache of most machines.
 FLUSHED_NUMBERS = 2**24

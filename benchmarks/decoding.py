@@ -36,10 +36,10 @@ from benchmarks.peers import (
 from benchmarks.results import HEADER, Result, differences
 from benchmarks.workloads import LARGE_ROWS, ROWS, WORKLOADS, Stores, Workload, load_workload
 from utils.cli import NON_NEGATIVE_INT, POSITIVE_INT, Parser, Range, run_script
-from utils.decoding.loop import MAX_DRAFT_TOKENS, Decoding, Request, n_slots_for
 from utils.decoding.draft import DraftSettings, RetrievalDrafter
-from utils.lm.kv_cache import make_kv_cache
+from utils.decoding.loop import Request, n_slots_for
 from utils.decoding.retriever import Retriever
+from utils.lm.kv_cache import make_kv_cache
 from utils.lm.sampling import Sampler
 
 WARM_UP_TOKENS = 8
@@ -89,16 +89,16 @@ def peers_of(setting: Setting, wanted: Sequence[str]) -> list[Peer]:
     if setting.batch_size == 1:  # the library's own limit
         lookup: dict[str, Any] = {"prompt_lookup_num_tokens": setting.max_draft_tokens}
         found["prompt lookup"] = lambda: Generate("prompt lookup", lm, setting.temperature, **lookup)
-    rows = None
+    cache = None
     if lm.device.type == "cuda":
         found["generate static"] = lambda: Generate(
             "generate static", lm, setting.temperature, compiles=True, cache_implementation="static"
         )
         requests = [Request(i, prompt, setting.max_new_tokens) for i, prompt in enumerate(setting.workload.prompts)]
-        n_slots = n_slots_for(requests, Decoding(setting.sampler, frozenset())) + MAX_DRAFT_TOKENS
+        n_slots = n_slots_for(requests, uses_drafts=True)
         with torch.inference_mode():
-            rows = make_kv_cache(lm, setting.batch_size, n_slots, graphs=True)
-    ours = partial(OurLoop, lm=lm, sampler=setting.sampler, batch_size=setting.batch_size, rows=rows)
+            cache = make_kv_cache(lm, setting.batch_size, n_slots, graphs=True)
+    ours = partial(OurLoop, lm=lm, sampler=setting.sampler, batch_size=setting.batch_size, cache=cache)
     found["baseline"] = lambda: ours("baseline", make=dict)
     for stores in setting.workload.stores:
         for name, prepare in _with_stores(stores, setting.max_draft_tokens).items():

@@ -36,9 +36,9 @@ import extract_token_probs_and_memmap as stage_2
 from benchmarks.common import Spread, measure, spread_text, table, write_json
 from benchmarks.memory import run_measured
 from utils.cli import POSITIVE_INT, Parser, run_script
-from utils.text.corpora import read_passages, split_path
 from utils.json_io import write_json_list
 from utils.lm.model import load_lm, load_tokenizer
+from utils.text.corpora import read_passages, split_path
 from utils.text.windows import WindowShape, plan_batches, plan_windows
 
 ROOT = Path(__file__).resolve().parent.parent

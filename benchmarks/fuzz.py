@@ -29,28 +29,30 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-from crashes import CHANGES, DATASTORE, WRITING, build_stages, run_in_fork
-from mutations import mutate
-from processes import use_one_thread_in_forks
 
 from benchmarks.common import table, write_json
-from utils import manifest as checksums
-from utils.decoding.acceptance import read_map
+from benchmarks.faults.crashes import CHANGES, DATASTORE, WRITING, build_stages, run_in_fork
+from benchmarks.faults.mutations import mutate
+from benchmarks.faults.processes import use_one_thread_in_forks
 from utils.datastore.context_vectors import open_hidden_states
-from utils.text.corpora import Source, local_files, read_passages
-from utils.datastore.store import FOLDER, open_datastore, read_flattened
-from utils.text.expert_spans import FINGERPRINT, read_expert_spans
+from utils.datastore.flattened import FOLDER
+from utils.datastore.store import open_datastore, read_flattened
+from utils.datastore.trie_files import find_trie_folder, read_context_vectors, read_token_id_list, read_trie_rows
+from utils.decoding.acceptance import read_map
+from utils.evaluation.results import pending_runs, read_run
+from utils.evaluation.summary import typical_prompt, write_summary
+from utils.extraction.hidden_states import map_all_hidden_states, read_hidden_states
+from utils.extraction.token_probs import find_token_probs, read_extraction, read_token_probs
 from utils.files import InputError, file_fingerprint
 from utils.json_io import read_json
-from utils.extraction.hidden_states import map_all_hidden_states, read_hidden_states
+from utils.manifest import list_path, read_list, require_as_written
+from utils.text.corpora import Source, local_files, read_passages
+from utils.text.expert_spans import FINGERPRINT, read_expert_spans
 from utils.text.prompts import read_prompts
-from utils.evaluation.results import pending_runs, read_run, typical_prompt, write_summary
-from utils.extraction.token_probs import find_token_probs, read_extraction, read_token_probs
-from utils.datastore.trie_files import find_trie_folder, read_context_vectors, read_token_id_list, read_trie_rows
 
 MODEL = ROOT / "examples" / "models" / "small"
 SECONDS = 5
@@ -92,9 +94,9 @@ def readers(folder: Path) -> list[Reader]:
     def read_listed(at: Path) -> Any:
         path = at / DATASTORE / "manifest.json"
         manifest = checksums_manifest(path)
-        manifest.files["list_sha256"] = hashlib.sha256(checksums.list_path(path).read_bytes()).hexdigest()
-        listed = checksums.read_list(path, manifest)
-        checksums.require_as_written(path, manifest, [path.parent / name for name in listed], verify=True)
+        manifest.files["list_sha256"] = hashlib.sha256(list_path(path).read_bytes()).hexdigest()
+        listed = read_list(path, manifest)
+        require_as_written(path, manifest, [path.parent / name for name in listed], verify=True)
 
     def checksums_manifest(path: Path) -> Any:
         from utils.manifest import read_manifest

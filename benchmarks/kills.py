@@ -25,13 +25,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import torch
-from crashes import Crash, Ended, Stage, build_stages, content, count_operations, difference, run_in_fork
-from processes import use_one_thread_in_forks
 
 from benchmarks.common import table, write_json
+from benchmarks.faults.crashes import (
+    Crash,
+    Ended,
+    Stage,
+    build_stages,
+    content,
+    count_operations,
+    difference,
+    run_in_fork,
+)
+from benchmarks.faults.processes import use_one_thread_in_forks
 
 MODEL = ROOT / "examples" / "models" / "small"
 EXIT_STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}

@@ -14,9 +14,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from utils.decoding.loop import Decoding, Request, decode
-from utils.decoding.draft_policy import DraftPolicy
 from utils.decoding.draft import NOTHING, Drafter, DraftTree
+from utils.decoding.draft_policy import DraftPolicy
+from utils.decoding.loop import Decoding, Request, decode
 from utils.decoding.types import DraftCounts
 from utils.lm.kv_cache import KVCache
 from utils.lm.model import CausalLM
@@ -85,7 +85,7 @@ Make = Callable[[], dict[str, Any]]
 
 
 class OurLoop:
-    """utils.decoding; `make` gives what goes into a Decoding beyond the sampler, anew for each repeat."""
+    """Our decode loop; `make` gives what goes into a Decoding beyond the sampler, anew for each repeat."""
 
     compiles = False
 
@@ -97,15 +97,15 @@ class OurLoop:
         batch_size: int,
         make: Make,
         is_exact: bool = True,
-        rows: KVCache | None = None,
+        cache: KVCache | None = None,
     ) -> None:
         self.name, self.is_exact = name, is_exact
-        self._lm, self._sampler, self._batch_size, self._make, self._rows = lm, sampler, batch_size, make, rows
+        self._lm, self._sampler, self._batch_size, self._make, self._cache = lm, sampler, batch_size, make, cache
         self.begin()
 
     def begin(self) -> None:
         self._decoding = Decoding(
-            self._sampler, frozenset(), batch_size=self._batch_size, rows=self._rows, **self._make()
+            self._sampler, frozenset(), batch_size=self._batch_size, cache=self._cache, **self._make()
         )
 
     def run(self, requests: Sequence[Request]) -> Tally:
@@ -129,7 +129,7 @@ class OurLoop:
 
 
 def verify_mode(drafter: Drafter, growth: str) -> dict[str, Any]:
-    return {"drafter": drafter, "draft_costs": DraftPolicy() if growth == "paying" else None}
+    return {"drafter": drafter, "draft_policy": DraftPolicy() if growth == "paying" else None}
 
 
 # ---- model.generate

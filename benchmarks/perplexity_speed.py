@@ -26,14 +26,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import Spread, hardware, table, write_json
-from utils.decoding.acceptance import Acceptance
 from utils.cli import POSITIVE_INT, Parser, run_script
-from utils.datastore.store import Datastore, TokenTrie
 from utils.datastore.flattened import unit_rows
-from utils.lm.model import CausalLM, pick_device
-from utils.evaluation.perplexity import Positions, TextSize, cdlm_figures, look_up, setting_probabilities
-from utils.progress import ProgressBar
+from utils.datastore.store import Datastore, TokenTrie
+from utils.decoding.acceptance import Acceptance
 from utils.evaluation.marginal import Proposals, log_likelihoods
+from utils.evaluation.perplexity import Positions, TextSize, cdlm_figures, fill_in_nearest, setting_probabilities
+from utils.lm.model import CausalLM, pick_device
+from utils.progress import ProgressBar
 
 ZIPF_SHIFT = 2.7  # frequency of the r-th most frequent token: 1 / (r + this), as Mandelbrot found it of words
 CHUNK_TOKENS = 4
@@ -86,7 +86,7 @@ def synthetic_datastore(lm: CausalLM, n_rows: int, rng: np.random.Generator) -> 
 def hidden_states_of_random_text(lm: CausalLM, rng: np.random.Generator) -> np.ndarray:
     """(N_STATES, D) float32."""
     ids = rng.choice(lm.model.config.vocab_size, (N_STATES // 512, 512), p=zipf(lm.model.config.vocab_size))
-    states = lm.forward(torch.from_numpy(ids).to(lm.device), use_cache=False)[0]
+    states = lm.forward(torch.from_numpy(ids).to(lm.device))[0]
     return states.float().cpu().numpy().reshape(-1, lm.hidden_size)
 
 
@@ -96,7 +96,7 @@ def timed_reading(lm: CausalLM, token_ids: np.ndarray, batch_size: int) -> tuple
     hidden, seconds = [], 0.0
     for ids in torch.from_numpy(token_ids).to(lm.device).split(batch_size):
         started = time.perf_counter()
-        states, logits = lm.forward(ids, use_cache=False)
+        states, logits = lm.forward(ids)
         if lm.device.type == "cuda":
             torch.cuda.synchronize(lm.device)
         seconds += time.perf_counter() - started
@@ -117,7 +117,7 @@ def measure_part(lm: CausalLM, datastore: Datastore, token_ids: np.ndarray, batc
     lengths = np.full(len(token_ids), token_ids.shape[1] - 1)
     found = Proposals(lengths, np.zeros(n), np.full(n, np.nan), *np.zeros((2, n), dtype=np.int64))
     started = time.perf_counter()
-    look_up(found, datastore, positions)
+    fill_in_nearest(found, datastore, positions)
     found_at = time.perf_counter()
     found = replace(found, log_probs=positions.log_probs)
     probabilities = np.stack([setting_probabilities(Acceptance(t, "bernoulli"), found) for t in SETTINGS])

@@ -64,7 +64,7 @@ def differences(
 @torch.inference_mode()
 def _margin(lm: CausalLM, request: Request, before: list[int], wanted: int, got: int, temperature: float) -> float:
     text = torch.tensor([request.prompt_ids + before], device=lm.device)
-    _, logits = lm.forward(text, logits_to_keep=1, use_cache=False)
+    _, logits = lm.forward(text, logits_to_keep=1)
     if temperature == 0:
         return float(logits[0, -1, wanted] - logits[0, -1, got])
     borders = (logits[0, -1].float() / temperature).softmax(-1).double().cumsum(-1).cpu()

@@ -26,8 +26,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import Spread, cache_flusher, copy_bandwidth, hardware, measure, table, write_json
 from utils.cli import POSITIVE_INT, Parser, run_script
-from utils.files import InputError, require_file
 from utils.datastore.search import VectorIndex, Way
+from utils.files import InputError, require_file
 
 N_QUERIES = 64
 BLOCK_ROWS = 16_384

@@ -14,15 +14,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from utils.manifest import begin_stage, finish_stage
-from utils.workers import n_cores
-from utils.json_io import write_json
-from utils.extraction.hidden_states import DATASET, HiddenStateFiles
-from utils.lm.model import load_tokenizer
-from utils.lm.fingerprint import tokenizer_fingerprint
+from utils.extraction.hidden_states import DATASET, write_index_maps
+from utils.extraction.state import ExtractionFiles
 from utils.extraction.token_probs import STAGE, token_probs_path
+from utils.lm.fingerprint import tokenizer_fingerprint
+from utils.lm.model import load_tokenizer
+from utils.manifest import begin_stage, finish_stage
 from utils.text.windows import window_bytes
-from utils.workers import in_processes
+from utils.workers import in_processes, n_cores
 
 CHUNK_SIZE, STRIDE = 512, 448
 PARTITION = "train"
@@ -45,8 +44,8 @@ class SyntheticExtraction:
     dtype: str = "float32"
 
     @property
-    def files(self) -> HiddenStateFiles:
-        return HiddenStateFiles(self.output_dir, PARTITION)
+    def files(self) -> ExtractionFiles:
+        return ExtractionFiles(self.output_dir, PARTITION)
 
     @property
     def n_windows(self) -> int:
@@ -68,11 +67,7 @@ class SyntheticExtraction:
         for added in in_processes(prepare, tasks, n_cores(), where=str(self.output_dir), in_order=True):
             digest.update(added)
         lengths = np.full(self.n_windows, CHUNK_SIZE)
-        for path, values in (
-            (self.files.index_to_seqlen, lengths),
-            (self.files.index_to_acc_index, np.cumsum(lengths) - lengths),
-        ):
-            write_json(path, {str(window): value for window, value in enumerate(values.tolist())})
+        write_index_maps(self.files.index_to_seqlen, self.files.index_to_acc_index, lengths)
         self._write_hidden_states()
         self._write_manifest(digest.hexdigest())
 

@@ -15,15 +15,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.paper.datastores import LARGE, ROOT, Work
-from utils.decoding.acceptance import Acceptance, AcceptanceMap
 from utils.datastore.store import Datastore, TokenTrie, open_datastore
+from utils.decoding.acceptance import Acceptance, AcceptanceMap
 from utils.decoding.loop import Decoding, Request, decode
 from utils.files import InputError
-from utils.manifest import read_finished
 from utils.json_io import read_json
 from utils.lm.model import CausalLM, load_lm, load_tokenizer, pick_device
-from utils.text.prompts import encode_prompts, read_prompts
 from utils.lm.sampling import Sampler
+from utils.manifest import read_finished
+from utils.text.prompts import encode_prompts, read_prompts
 
 CHUNK_THRESHOLD, DRAFT_THRESHOLD, DRAFT_CHUNK_LENGTH = 0.1, 0.0, 16
 # Chunk mode's rule: that of the example's pipeline; for synthetic tries one that nothing passes, so that every step
@@ -187,7 +187,7 @@ def _synthetic_stores(lm: CausalLM, n_rows: int, first_ids: list[int], acceptanc
     rng = np.random.default_rng(n_rows)
     n_ids = lm.model.config.vocab_size
     text = torch.from_numpy(rng.integers(0, n_ids, (1, N_STATES))).to(lm.device)
-    states = torch.nn.functional.normalize(lm.forward(text, use_cache=False)[0][0].float(), dim=1).cpu()
+    states = torch.nn.functional.normalize(lm.forward(text)[0][0].float(), dim=1).cpu()
     vectors = torch.empty(n_rows, lm.hidden_size, device=lm.device)
     for block in vectors.split(BLOCK_ROWS):
         near = states[torch.randint(N_STATES, (len(block),), generator=generator)]

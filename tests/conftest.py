@@ -23,7 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
-from processes import use_one_thread_in_forks  # noqa: E402
+from benchmarks.faults.processes import use_one_thread_in_forks  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import (  # noqa: E402
     GPT2Config,
@@ -38,7 +38,7 @@ from utils import workers
 from utils.files import InputError  # noqa: E402
 
 use_one_thread_in_forks()
-workers.START_S = 0  # so that tests with two processes have two, little as their work is
+workers.START_S = 1e-9  # so that tests with two processes have two, little as their work is
 
 # Emoji with joiners, CJK, control characters, tabs, a byte order mark, combining marks, and plain prose.
 TEXTS = [

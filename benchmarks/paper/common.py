@@ -13,15 +13,29 @@ from transformers import PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from benchmarks.common import write_json
 from benchmarks.paper.datastores import SMALL, Work, add_work, work_of
-from utils.decoding.acceptance import Acceptance, AcceptanceMap
 from utils.cli import COSINE, POSITIVE_INT, Parser, Range, file_name
-from utils.text.corpora import read_passages, split_path
 from utils.datastore.store import Datastore, open_datastore
-from utils.files import make_folder, require_file
-from utils.lm.model import CausalLM, load_config, load_lm, load_tokenizer, pick_device, require_known_ids, require_windows_fit
-from utils.evaluation.perplexity import TextSize, cdlm_figures, find_proposals, setting_probabilities
+from utils.decoding.acceptance import Acceptance, AcceptanceMap
 from utils.evaluation.marginal import Proposals, log_likelihoods
-from utils.evaluation.perplexity import fit_maps, plan_text
+from utils.evaluation.perplexity import (
+    TextSize,
+    cdlm_figures,
+    find_proposals,
+    fit_maps,
+    plan_text,
+    setting_probabilities,
+)
+from utils.files import make_folder, require_file
+from utils.lm.model import (
+    CausalLM,
+    load_config,
+    load_lm,
+    load_tokenizer,
+    pick_device,
+    require_known_ids,
+    require_windows_fit,
+)
+from utils.text.corpora import read_passages, split_path
 from utils.text.windows import WindowPlan, WindowShape
 
 SPLITS = ("train", "validation", "test")
@@ -47,7 +61,9 @@ def add_flags(parser: Parser) -> None:
         metavar="NAME=DIR",
         help="in the place of --dataset: a name and stage 1's folder with all three splits; may be repeated",
     )
-    parser.add_argument("--tok_prob_threshold", type=Range(float, least=0, below=1), default=0.3, help="γ of the datastore, in [0, 1)")
+    parser.add_argument(
+        "--tok_prob_threshold", type=Range(float, least=0, below=1), default=0.3, help="γ of the datastore, in [0, 1)"
+    )
     parser.add_argument("--similarity_threshold", type=COSINE, default=0.5, help="θ of the map that one knob gives")
     add_windows(parser)
     parser.add_argument("--output", type=Path, help="JSON file of all results")
@@ -55,7 +71,9 @@ def add_flags(parser: Parser) -> None:
 
 def add_windows(parser: Parser) -> None:
     """The flags of how a text's perplexity is measured."""
-    parser.add_argument("--q_max", type=Range(float, above=0, below=1), default=0.999, help="highest acceptance probability")
+    parser.add_argument(
+        "--q_max", type=Range(float, above=0, below=1), default=0.999, help="highest acceptance probability"
+    )
     parser.add_argument("--perplexity_window", type=Range(int, least=2), default=512, help="tokens of a window")
     parser.add_argument("--max_windows", type=POSITIVE_INT, help="only a split's first windows (default: all)")
     parser.add_argument("--batch_size", type=POSITIVE_INT, default=8, help="windows that a model reads together")

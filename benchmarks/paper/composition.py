@@ -39,12 +39,12 @@ from benchmarks.paper.datastores import EXTRACT, Work
 from benchmarks.paper.gain_groups import composition, entry_rows_of
 from benchmarks.paper.near_duplicates import PartOfDatastore, SharedRuns
 from utils.cli import POSITIVE_INT, Parser, Range, run_script
-from utils.text.corpora import Passage, read_passages
 from utils.datastore.store import Datastore
+from utils.evaluation.marginal import Proposals
 from utils.files import InputError
 from utils.manifest import read_finished
 from utils.progress import ProgressBar
-from utils.evaluation.marginal import Proposals
+from utils.text.corpora import Passage, read_passages
 from utils.text.windows import WindowShape
 
 N_DRAWS = 3  # of other passages
@@ -55,7 +55,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_flags(parser)
     parser.add_argument("--run_length", type=POSITIVE_INT, default=13, help="tokens of a run that two passages share")
     parser.add_argument(
-        "--overlap", type=Range(float, above=0, below=1), default=0.1, help="share of runs from which a passage is a near-duplicate"
+        "--overlap",
+        type=Range(float, above=0, below=1),
+        default=0.1,
+        help="share of runs from which a passage is a near-duplicate",
     )
     return parser.parse_args(argv)
 

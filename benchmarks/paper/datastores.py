@@ -15,9 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 from utils.cli import POSITIVE_INT, Parser, add_cache_dir, file_name
-from utils.text.corpora import split_path
-from utils.files import InputError
 from utils.datastore.trie_files import trie_folder_path
+from utils.files import InputError
+from utils.text.corpora import split_path
 
 EXAMPLE_DATASET = "python-docs"
 LARGE, SMALL = (str(ROOT / "examples" / "models" / name) for name in ("large", "small"))

@@ -47,12 +47,11 @@ from benchmarks.paper.generating import (
 )
 from utils.cli import COSINE, Parser, Range, run_script
 from utils.datastore.store import Datastore
-from utils.decoding.loop import Decoding
 from utils.decoding.draft import DraftSettings, RetrievalDrafter
-from utils.files import InputError
+from utils.decoding.loop import Decoding
 from utils.decoding.types import Generation
+from utils.files import InputError
 from utils.lm.model import CausalLM
-from utils.lm.scoring import SLICE_POSITIONS
 
 VERIFY = "verify"
 LENGTHS = (1, 2, 3, 4)
@@ -60,6 +59,8 @@ REPEATED_LENGTH = 4
 HEADER = ("", "KL, nats/token", "surprise - entropy", "same text %", "perplexity", "FPS %")
 COLUMNS = {"kl": (1.0, 4), "surprise": (1.0, 3), "same_text": (100.0, 1), "perplexity": (1.0, 2), "fps": (100.0, 1)}
 DIVERSITY_HEADER = ("", *(f"distinct-{n}" for n in LENGTHS), "repeated %")
+# Positions whose logits are float64 at a time.
+SLICE_POSITIONS = 256
 DIVERSITY_COLUMNS = {f"distinct_{n}": (1.0, 3) for n in LENGTHS} | {"repeated": (100.0, 1)}
 
 
@@ -67,7 +68,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_work(parser)
     add_generation(parser, temperature=1.0, batch_size=8)
-    parser.add_argument("--tok_prob_threshold", type=Range(float, least=0, below=1), default=0.1, help="γ of the datastore, in [0, 1)")
+    parser.add_argument(
+        "--tok_prob_threshold", type=Range(float, least=0, below=1), default=0.1, help="γ of the datastore, in [0, 1)"
+    )
     parser.add_argument(
         "--similarity_thresholds",
         type=COSINE,
@@ -144,7 +147,7 @@ def score(lm: CausalLM, generation: Generation, temperature: float) -> tuple[np.
     """(n,) float64 log P of each new token at the temperature, and (n,) the entropy of P where it was drawn, in nats."""
     token_ids = torch.tensor([generation.token_ids], device=lm.device)
     n_new = len(generation.new_token_ids)
-    _, logits = lm.forward(token_ids[:, :-1], logits_to_keep=n_new, use_cache=False)
+    _, logits = lm.forward(token_ids[:, :-1], logits_to_keep=n_new)
     log_probs, entropies = [], []
     for start in range(0, n_new, SLICE_POSITIONS):
         log_p = (logits[0, start : start + SLICE_POSITIONS].float() / temperature).log_softmax(dim=-1).double()

@@ -45,12 +45,12 @@ from benchmarks.paper.generating import (
 )
 from benchmarks.paper.rouge import require_rouge, rouge_l
 from utils.cli import COSINE, POSITIVE_INT, Parser, Range, run_script
-from utils.text.corpora import split_path
 from utils.datastore.store import Datastore
 from utils.decoding.loop import Decoding
+from utils.decoding.types import Generation
 from utils.files import file_fingerprint, make_folder
 from utils.json_io import write_json
-from utils.decoding.types import Generation
+from utils.text.corpora import split_path
 from utils.text.prompts import read_prompts
 
 OTHER_SEED = "baseline, next seed"
@@ -87,7 +87,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_generation(parser, temperature=0.7)
     parser.add_argument("--n_answers", type=POSITIVE_INT, default=5, help="answers to a prompt that make the datastore")
     parser.add_argument(
-        "--tok_prob_thresholds", type=Range(float, least=0, below=1), nargs="+", default=[0.9], metavar="γ", help="of the datastores, in [0, 1)"
+        "--tok_prob_thresholds",
+        type=Range(float, least=0, below=1),
+        nargs="+",
+        default=[0.9],
+        metavar="γ",
+        help="of the datastores, in [0, 1)",
     )
     parser.add_argument(
         "--similarity_thresholds",

@@ -40,7 +40,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--n_held_out", type=POSITIVE_INT, default=16, help="people on whom θ is chosen")
     parser.add_argument("--max_new_tokens", type=POSITIVE_INT, default=20, help="tokens of an answer")
     parser.add_argument(
-        "--temperatures", type=Range(float, least=0), nargs="+", default=[0.0, 1.0], help="of the LM's tokens; 0 is greedy"
+        "--temperatures",
+        type=Range(float, least=0),
+        nargs="+",
+        default=[0.0, 1.0],
+        help="of the LM's tokens; 0 is greedy",
     )
     add_seeds(parser)
     parser.add_argument("--output", type=Path, help="JSON file of all results")

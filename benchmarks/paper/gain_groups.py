@@ -6,8 +6,8 @@ import numpy as np
 
 from benchmarks.paper.common import Maps, mean_interval
 from utils.datastore.store import Datastore
-from utils.evaluation.perplexity import setting_probabilities
 from utils.evaluation.marginal import Proposals, gains
+from utils.evaluation.perplexity import setting_probabilities
 from utils.text.windows import WindowPlan
 
 LENGTHS = (1, 2, 3, 5, 9, 17)  # of chunks: the least of each group

@@ -12,19 +12,18 @@ from transformers import PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from benchmarks.paper.common import Interval
 from benchmarks.paper.datastores import EXAMPLE_DATASET, ROOT, Work, run_script
-from utils.decoding.acceptance import Acceptance
 from utils.cli import NON_NEGATIVE_INT, POSITIVE_INT, Parser, Range
 from utils.datastore.store import Datastore, open_datastore
+from utils.decoding.acceptance import Acceptance
 from utils.decoding.loop import Decoding, Request, decode
-from utils.lm.model import eos_token_ids
-from utils.files import InputError
+from utils.decoding.retriever import Retriever
 from utils.decoding.types import Generation
-from utils.lm.model import CausalLM, load_config, load_lm, load_tokenizer
+from utils.files import InputError
+from utils.lm.model import CausalLM, eos_token_ids, load_config, load_lm, load_tokenizer
+from utils.lm.sampling import Sampler
 from utils.lm.scoring import negative_log_likelihood
 from utils.progress import ProgressBar
 from utils.text.prompts import encode_prompts, read_prompts, require_room
-from utils.decoding.retriever import Retriever
-from utils.lm.sampling import Sampler
 
 BASELINE = "baseline"
 WARM_UP_TOKENS = 8
@@ -122,7 +121,9 @@ class Asking:
         """Plain generation, which other ways are made from."""
         args = self.args
         sampler = Sampler.from_settings(args.temperature, None, None)
-        return Decoding(sampler, eos_token_ids(self.lm, self.tokenizer), batch_size=args.prompt_batch_size)
+        return Decoding(
+            sampler, eos_token_ids(self.lm.model.generation_config, self.tokenizer), batch_size=args.prompt_batch_size
+        )
 
     def chunk_mode(self, datastore: Datastore, similarity_threshold: float) -> Decoding:
         """With chunks that are accepted from a similarity on."""

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from utils.text.corpora import read_passages
+from utils.evaluation.perplexity import Positions
+from utils.extraction.hidden_states import map_all_hidden_states
 from utils.files import InputError, make_folder
 from utils.manifest import Manifest
-from utils.extraction.hidden_states import map_all_hidden_states
-from utils.evaluation.perplexity import Positions
 from utils.progress import ProgressBar
+from utils.text.corpora import read_passages
 from utils.text.windows import WindowPlan, WindowShape, plan_windows
 
 NEIGHBORS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

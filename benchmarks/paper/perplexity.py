@@ -39,11 +39,11 @@ from benchmarks.paper.common import (
 )
 from benchmarks.paper.datastores import EXTRACT, Work
 from utils.cli import POSITIVE_INT, Parser, run_script
-from utils.text.corpora import split_path
-from utils.manifest import read_finished
-from utils.lm.model import CausalLM
-from utils.evaluation.perplexity import base_figures, base_log_likelihoods, compared_figures, gathered, read_positions
 from utils.evaluation.marginal import Proposals
+from utils.evaluation.perplexity import base_figures, base_log_likelihoods, compared_figures, grouped, read_positions
+from utils.lm.model import CausalLM
+from utils.manifest import read_finished
+from utils.text.corpora import split_path
 
 SMALL_LM, LARGE_LM, KNN_LM = "small LM", "large LM", "kNN-LM"
 
@@ -111,8 +111,8 @@ def knn_row(reader: Reader, lm: CausalLM, validation: Proposals, test: Proposals
     windows = np.unique(np.linspace(0, plan.n_windows - 1, reader.args.knn_tuning_windows).round().astype(int))
     part = replace(plan, starts=plan.starts[windows], lengths=plan.lengths[windows])
     of_part = np.concatenate([validation.log_probs[validation.windows()[window]] for window in windows.tolist()])
-    choice = knn_lm.tune(keys, gathered(read_positions(lm, part, batch_size)), of_part, lm.device)
-    positions = gathered(read_positions(lm, reader.test.plan, batch_size))
+    choice = knn_lm.tune(keys, grouped(read_positions(lm, part, batch_size)), of_part, lm.device)
+    positions = grouped(read_positions(lm, reader.test.plan, batch_size))
     of_tokens = knn_lm.log_probs(keys, positions, test.log_probs, choice, lm.device)
     log_p = np.array([of_tokens[part].sum() for part in test.windows()])
     words = f"{KNN_LM}, k {choice.n_neighbors}, T {choice.temperature:.3g}, λ {choice.weight:.3g}"

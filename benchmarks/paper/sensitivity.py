@@ -34,13 +34,12 @@ from benchmarks.paper.generating import (
     perplexity_under,
     share_from_chunks,
 )
-from utils.decoding.acceptance import Acceptance, AcceptanceMap
 from utils.cli import COSINE, Parser, Range, run_script
 from utils.datastore.store import Datastore, open_datastore
+from utils.decoding.acceptance import Acceptance, AcceptanceMap
+from utils.evaluation.perplexity import base_figures, fit_maps
 from utils.files import InputError
 from utils.lm.model import CausalLM
-from utils.evaluation.perplexity import base_figures
-from utils.evaluation.perplexity import fit_maps
 
 GAMMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 THETAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
@@ -53,7 +52,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_work(parser, model_gen=SMALL)
     add_windows(parser)
     add_generation(parser, temperature=0.7, max_new_tokens=60, batch_size=8)
-    parser.add_argument("--gammas", type=Range(float, least=0, below=1), nargs="+", default=list(GAMMAS), metavar="γ", help="in [0, 1)")
+    parser.add_argument(
+        "--gammas", type=Range(float, least=0, below=1), nargs="+", default=list(GAMMAS), metavar="γ", help="in [0, 1)"
+    )
     parser.add_argument("--thetas", type=COSINE, nargs="+", default=list(THETAS), metavar="θ", help="in [-1, 1)")
     parser.add_argument("--output", type=Path, help="JSON file of all results")
     return parser.parse_args(argv)

@@ -5,7 +5,6 @@ minutes. `Crash` says when it dies; whatever is left is what kill -9 leaves: no 
 """
 
 import json
-import math
 import os
 import resource
 import select
@@ -25,13 +24,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from utils.datastore import chunk_lists
-from utils.datastore import flattened as flattening
-from utils.datastore import trie_files as token_trie
 from utils import workers
 from utils.cli import run_script
+from utils.datastore import chunk_lists, external_sort, flattened
 
-TESTS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 # Tells worker processes, whatever starts them, when to die too.
@@ -116,15 +113,14 @@ def _in_child(run: Callable[[], None], folder: Path, crash: Crash, pipe: int) ->
     # What forks would share: tqdm's lock, which one that is killed may hold; the servers that this process has started.
     tqdm.set_lock(threading.RLock())
     forkserver._forkserver.__init__()  # type: ignore[attr-defined, misc]
-    workers._server_ready_at = math.inf
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if crash.of_workers:
         os.environ[IN_WORKERS] = f"{crash.at_operation} {folder}"
-        os.environ["PYTHONPATH"] = f"{TESTS}{os.pathsep}{TESTS.parent}"
+        os.environ["PYTHONPATH"] = str(ROOT)
         preload = BaseContext.set_forkserver_preload
         # First of what their server loads, whatever the stage has it load.
-        BaseContext.set_forkserver_preload = lambda self, names: preload(self, ["crashes", *names])  # type: ignore[method-assign]
+        BaseContext.set_forkserver_preload = lambda self, names: preload(self, [__name__, *names])  # type: ignore[method-assign]
     elif crash.at_operation is not None:
         die_at_operation(crash.at_operation, folder)
     if crash.within_bytes is not None:
@@ -279,8 +275,8 @@ class Stage:
 
         os.sched_getaffinity = lambda _: set(range(self.n_workers))  # type: ignore[assignment]
         if self.n_workers > 1:  # share out what would else be one task
-            chunk_lists.BATCH_TOKENS, token_trie.LEAST_UNIT_BYTES, workers.START_S = 200, 500, 0
-            flattening.LEAST_TASK_BYTES = 500
+            chunk_lists.BATCH_TOKENS, external_sort.LEAST_UNIT_BYTES, workers.START_S = 200, 500, 1e-9
+            flattened.LEAST_TASK_BYTES = 500
         main = importlib.import_module(self.script.removesuffix(".py")).main
         for flags in (self.flags, *self.then):
             main([str(flag) for flag in flags(folder)])
