@@ -55,7 +55,7 @@ def create_h5(
 
 
 def read_places(path: Path, group: str = "/") -> dict[str, DatasetPlace]:
-    """The datasets of a group by name. Raises OSError, KeyError or RuntimeError where there is no such file or group."""
+    """The datasets of a group by name. Raises OSError, ValueError, KeyError or RuntimeError where there is none."""
     # h5py's low-level calls again; they close what they opened when it is no longer used.
     file = h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY)
     parent, places = h5py.h5g.open(file, group.encode()), {}

@@ -1,4 +1,4 @@
-"""The chunks of a whole corpus, found in one pass over stage 2's files, and three JSON lists of them for people and scripts.
+"""Stage 3: the chunks of a whole corpus, found in one pass over stage 2's files, and three JSON lists to read.
 
     {model_ds}_{dataset}_{partition}_token_prob_list.json           one window a line: its token_probs_{i}.json
     {model_ds}_{dataset}_{partition}_all_phrases_{γ}.json           one plateau a line: token ids, the entry token first
@@ -6,8 +6,8 @@
                                             row for row: [[token_text, probability, chunk_id, position, token_id], …]
     {model_ds}_{dataset}_{partition}_manifest.json
 
-A plateau is a maximal run above γ, or a marked span, with its entry token, not cut by any bound. The lists know nothing of `model_gen`:
-datastores of one text that differ in it, or in γ, share what is the same.
+A plateau has its entry token in front and is not cut by --max_chunk_length. The lists do not depend on `model_gen`, so
+datastores of one text that differ in that, or in γ, share the lists that are the same.
 """
 
 import hashlib
@@ -73,13 +73,13 @@ class ChunkListPaths:
 
     @property
     def files(self) -> list[Path]:
-        """All lists that lie there, those of other γ too."""
+        """All lists in the folder, those of other γ too."""
         kinds = ("token_prob_list.json", "all_phrases_", "all_filtered_tok_probs_")
         starts = tuple(f"{self._stem}_{kind}" for kind in kinds)
         return [path for path in self.output_dir.iterdir() if path.name.startswith(starts)]
 
     def refuse_files_without_manifest(self) -> None:
-        """Raise InputError where lists lie there without a manifest: nothing says what they were made from."""
+        """Raise InputError where there are lists without a manifest: nothing says what they were made from."""
         if not self.manifest.exists():
             for path in self.lists:
                 if path.exists():
@@ -115,7 +115,7 @@ class Corpus:
 
 @dataclass
 class CorpusChunks:
-    """The chunks of a corpus: their rows in files, and what was counted."""
+    """The chunks of a corpus: their rows as sorted runs, and counts."""
 
     runs: SortRuns
     n_windows: int = 0
@@ -133,7 +133,7 @@ class CorpusChunks:
 
 @dataclass(frozen=True)
 class _Found:
-    """What some windows give: to the lists, to the fingerprint of all windows, to the rows and the counts."""
+    """What was found in some windows: entries of the lists, bytes of the fingerprint, rows and counts."""
 
     windows: range
     lists: tuple[list[bytes], ...]  # entries of the lists that are wanted
@@ -183,7 +183,7 @@ def find_all_chunks(
 
 @dataclass(frozen=True)
 class _Finder:
-    """Finds the chunks of some windows; wanted: which of the three lists."""
+    """Finds the chunks of some windows; wanted: which of the three lists are to be written."""
 
     corpus: Corpus
     rule: ChunkRule
@@ -203,7 +203,7 @@ class _Finder:
         if all_phrases or all_filtered:
             heads = rows.plateaus
             firsts = rows.starts[heads] - 1
-            bounds = list(zip(firsts.tolist(), (firsts + rows.run_lengths[heads] + 1).tolist(), strict=True))
+            bounds = list(zip(firsts.tolist(), (firsts + rows.uncut_lengths[heads] + 1).tolist(), strict=True))
             if all_phrases:
                 ids = list(map(b"%d".__mod__, token_ids.tolist()))
                 lists.append([b"[%b]" % b", ".join(ids[first:end]) for first, end in bounds])

@@ -1,8 +1,8 @@
-"""Chunks: the runs of tokens that the LM was sure of, as rows of (entry token, chunk, where it stands).
+"""Chunks: tokens that the LM gave a probability above γ, as rows of (entry token, chunk, window, position).
 
-Where `p[j + 1] > γ` in a window, position j is an entry token and its chunk is the run of tokens above γ that follows
-it. Tokens that an expert marked form runs too, one for each marked span. One row for each such position gives every maximal run with the token before it (a plateau) and all its suffixes.
-Everything here is arrays over a whole corpus at once: rows index into one flat array of token ids.
+A maximal run of tokens above γ, or a span that an expert marked, is a plateau. Where `p[j + 1] > γ` in a window, position
+j is an entry token, and its chunk is the rest of the plateau after it. So a plateau and all its suffixes are rows, and a
+plateau can be entered anywhere. Everything is arrays over many windows: rows index into one flat array of token ids.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class ChunkRows:
     windows: np.ndarray  # (N,) int32
     positions: np.ndarray  # (N,) int32, of the entry token in its window: there its context vector is taken
     starts: np.ndarray  # (N,) int64, index in token_ids of the chunk's first token; the entry token is before it
-    run_lengths: np.ndarray  # (N,) int32, tokens from there to the end of the run
+    uncut_lengths: np.ndarray  # (N,) int32, tokens from there to the end of the plateau
     max_chunk_length: int  # tokens at which a chunk is cut; 0: not cut
 
     def __len__(self) -> int:
@@ -34,13 +34,13 @@ class ChunkRows:
     @property
     def lengths(self) -> np.ndarray:
         """(N,) int32, tokens of each chunk."""
-        return np.minimum(self.run_lengths, self.max_chunk_length) if self.max_chunk_length else self.run_lengths
+        return np.minimum(self.uncut_lengths, self.max_chunk_length) if self.max_chunk_length else self.uncut_lengths
 
     @property
     def plateaus(self) -> np.ndarray:
-        """Indices, ascending, of the rows that begin a maximal run; the rows up to the next one are its suffixes."""
-        # Of a run's rows the last one has one token left. Runs may touch: spans do, which are runs of their own.
-        return np.flatnonzero(np.concatenate([[1], self.run_lengths[:-1]])[: len(self)] == 1)
+        """Indices, ascending, of the rows that begin a plateau; the rows up to the next one are its suffixes."""
+        # The last row of a plateau has one token left. Plateaus may touch: each marked span is one of its own.
+        return np.flatnonzero(np.concatenate([[1], self.uncut_lengths[:-1]])[: len(self)] == 1)
 
 
 def find_chunks(
@@ -57,10 +57,10 @@ def find_chunks(
     """The rows of consecutive windows, the first of them numbered `first_window`.
 
     token_ids (T,) int32 and probabilities (T,) float in [0, 1], the windows one after the other; window_lengths (W,)
-    int64, sum T. The first `skip_first_tokens` positions of a window are neither entry nor chunk. The next one can be
-    an entry only, whatever its own probability. max_chunk_length 0: chunks are not cut. spans (T,) integer: the number
-    of the marked span that a token is in, which makes it a chunk's whatever its probability, or -1; where two spans
-    touch, the second begins a run of its own, with the last token of the first as its entry token.
+    int64, sum T. The first `skip_first_tokens` positions of a window are neither entry nor chunk; the next one can be
+    an entry token only, whatever its probability. max_chunk_length 0: chunks are not cut. spans (T,) integer: the
+    number of the marked span that a token is in, which puts it into a chunk whatever its probability, or -1. Where two
+    spans touch, the second begins a plateau of its own, and the last token of the first is its entry token.
     """
     window_starts = np.cumsum(window_lengths) - window_lengths
     positions = np.arange(len(token_ids)) - np.repeat(window_starts, window_lengths)  # (T,)
@@ -70,16 +70,16 @@ def find_chunks(
         begins_span[1:] = (spans[1:] != spans[:-1]) & (spans[1:] >= 0) & (spans[:-1] >= 0)
     starts = np.flatnonzero(is_sure & (positions > skip_first_tokens))  # (N,)
     goes_on = (np.diff(starts, append=-1) == 1) & ~np.append(begins_span[starts[1:]], True)[: len(starts)]
-    run_ends = np.flatnonzero(~goes_on)  # the last row of each run
-    rows_of_run = np.diff(run_ends, prepend=-1)
-    run_lengths = np.repeat(run_ends, rows_of_run) - np.arange(len(starts)) + 1
+    last_rows = np.flatnonzero(~goes_on)  # of each plateau
+    n_rows = np.diff(last_rows, prepend=-1)
+    uncut_lengths = np.repeat(last_rows, n_rows) - np.arange(len(starts)) + 1
     windows = np.repeat(np.arange(first_window, first_window + len(window_lengths)), window_lengths)
     return ChunkRows(
         token_ids=token_ids,
         windows=windows[starts].astype(np.int32),
         positions=(positions[starts] - 1).astype(np.int32),
         starts=starts,
-        run_lengths=run_lengths.astype(np.int32),
+        uncut_lengths=uncut_lengths.astype(np.int32),
         max_chunk_length=max_chunk_length,
     )
 
@@ -88,15 +88,15 @@ def find_chunks(
 
 
 def take_chunks(token_ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The runs `token_ids[starts[n]:starts[n] + lengths[n]]`, one after the other, and where each begins, (N + 1,)."""
+    """The chunks `token_ids[starts[n]:starts[n] + lengths[n]]`, one after the other, and where each begins, (N + 1,)."""
     offsets = np.zeros(len(starts) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    # A token of the new flat array comes from its run's start plus its place in the run.
+    # A token of the new flat array comes from its chunk's start plus its place in the chunk.
     return token_ids[np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets
 
 
 def sort_chunks(chunk_ids: np.ndarray, offsets: np.ndarray, keys: np.ndarray | None = None) -> np.ndarray:
-    """The order (N,) int64 of some chunks by key, then prefix-sorted; what is equal stays in its order.
+    """The order (N,) int64 that sorts chunks by key, then by their tokens; equal chunks stay in their order.
 
     chunk_ids (M,) ids in [0, 2**31), the chunks one after the other; offsets (N + 1,) ascending without gaps: chunk n is
     `chunk_ids[offsets[n]:offsets[n + 1]]`; keys (N,) integer, None for one key. A prefix goes before what it is a
@@ -110,7 +110,7 @@ def sort_chunks(chunk_ids: np.ndarray, offsets: np.ndarray, keys: np.ndarray | N
     places, keys = np.arange(len(order)), keys[order]
     begins_group = _differs(keys)
     while len(places):
-        # Chunks alike so far form groups. Only they are looked at further, unless all of them have ended.
+        # Chunks that are equal so far form groups. Only groups of several, not all ended, are compared further.
         firsts = np.flatnonzero(begins_group)
         sizes = np.diff(firsts, append=len(places))
         goes_on = (sizes > 1) & (np.maximum.reduceat(lengths[order[places]], firsts) > at)
@@ -126,7 +126,7 @@ def sort_chunks(chunk_ids: np.ndarray, offsets: np.ndarray, keys: np.ndarray | N
 
 
 def _words(chunk_ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, at: int) -> np.ndarray:
-    """(N,) uint64: the tokens from place `at` of each chunk on, where it has ended less than any token."""
+    """(N,) uint64: the next tokens of each chunk from place `at` on as one number; an ended chunk is less than any token."""
     words = np.zeros(len(starts), dtype=np.uint64)
     for place in range(at, at + TOKENS_AT_ONCE):
         words <<= np.uint64(32)
@@ -136,5 +136,5 @@ def _words(chunk_ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, at: i
 
 
 def _differs(values: np.ndarray) -> np.ndarray:
-    """(N,) bool: whether each value is another one than that before it; the first is."""
+    """(N,) bool: whether each value differs from the one before it; True for the first."""
     return np.concatenate([[True], values[1:] != values[:-1]])[: len(values)]

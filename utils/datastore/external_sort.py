@@ -48,7 +48,7 @@ UNITS_PER_WORKER = 4
 
 @dataclass(frozen=True)
 class Keys:
-    """How rows are made into ascending int64 keys; ids are below n_token_ids."""
+    """Maps rows to int64 keys that order them as the tries do; token ids are below n_token_ids."""
 
     n_token_ids: int
 
@@ -61,7 +61,7 @@ class Keys:
         return KEY_BITS - self._id_bits
 
     def first_of(self, entry_id: int) -> int:
-        """The least key of an entry token; that of `n_token_ids` is above all."""
+        """The least key of an entry token; that of `n_token_ids` is above all keys."""
         return entry_id << self._bits_below_entry
 
     def of(self, entry_ids: np.ndarray, lengths: np.ndarray, first_ids: np.ndarray) -> np.ndarray:
@@ -79,7 +79,7 @@ class Keys:
 
 
 class KeyRange(NamedTuple):
-    """The keys from `first` on and below `end`, and in how many parts of about as many rows they are to be sorted."""
+    """The keys from `first` on and below `end`, and the number of parts, of about equally many rows, to sort them in."""
 
     first: int
     end: int
@@ -88,7 +88,7 @@ class KeyRange(NamedTuple):
 
 @dataclass(frozen=True)
 class SortedRows:
-    """N rows of token tries by key, in the file only by key."""
+    """N rows of token tries, sorted by key; equal keys are in the order of the corpus in a run, else prefix-sorted."""
 
     keys: np.ndarray  # (N,) int64
     offsets: np.ndarray  # (N + 1,) int64: row n's chunk is chunk_ids[offsets[n]:offsets[n + 1]]
@@ -194,7 +194,7 @@ def read_sorted(files: Sequence[SortRun], keys: KeyRange) -> SortedRows:
 
 
 def cut_evenly(files: Sequence[SortRun], keys: KeyRange) -> list[KeyRange]:
-    """A range of keys in its parts, as samples tell where to cut; fewer where many rows have the same key."""
+    """Cut a range of keys into its parts, by a sample of the keys; into fewer where many rows have the same key."""
     if keys.n_parts == 1:
         return [keys]
     samples, weights = [], []
@@ -222,7 +222,7 @@ def _read(file: SortRun, keys: KeyRange) -> SortedRows:
 
 
 def _mapped(file: SortRun) -> SortedRows:
-    """All rows of a file, nothing read yet; the file is closed with the last of the arrays."""
+    """All rows of a file, memory-mapped; the file is closed with the last of the arrays."""
     data = np.asarray(np.memmap(file.path, np.uint8, "r"))
     n = file.n_rows
     ends = np.cumsum([8 * n, 8 * (n + 1), 8 * n, 4 * file.n_ids])

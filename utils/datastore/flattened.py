@@ -89,7 +89,8 @@ def flatten(trie_folder: Path, reprocess: bool, verify: bool, max_bytes: int) ->
             require_as_written(path, found, pickles, verify=verify)
             return n_rows
     if not reprocess:
-        reason = "are not all there" if is_current or not path.exists() else "were made from another datastore"
+        are_others = path.exists() and not is_current
+        reason = "were made from another datastore or by an older version" if are_others else "are not all there"
         raise InputError(f"{folder}: the flattened tries {reason}; leave out --no_reprocessing once")
     make_folder(trie_folder)
     with exclusive_lock(trie_folder, "flattening"):

@@ -1,4 +1,4 @@
-"""Where chunks come from: the text around them in the windows of stage 2, as stage 3's list keeps it.
+"""Where chunks come from: the text around them in the windows of stage 2, which stage 3's list keeps.
 
 The list has one window a line (`utils.chunk_lists`), so it is read once, line by line, and only the lines that are asked
 for are taken apart.
@@ -35,7 +35,7 @@ class Segment:
 
 
 def find_windows(trie_folder: Path) -> Path:
-    """The list of windows that a trie folder's chunks were cut from; raises InputError where it is not there any more."""
+    """The list of windows that a trie folder's chunks were cut from; raises InputError where it is missing."""
     tries = read_finished(trie_folder / MANIFEST, STAGE)
     names = ("dataset_name", "model_ds", "partition", "tok_prob_threshold")
     paths = ChunkListPaths(trie_folder.parent.parent, *(tries.arguments[name] for name in names))
@@ -48,7 +48,7 @@ def find_windows(trie_folder: Path) -> Path:
 
 
 def read_windows(path: Path, wanted: Iterable[int]) -> dict[int, SourceWindow]:
-    """The windows of these numbers; raises InputError where a line is damaged or one is not there."""
+    """The windows with these numbers; raises InputError where a line is damaged or missing."""
     left = set(wanted)
     found: dict[int, SourceWindow] = {}
     with open(path, "rb") as file:
@@ -76,7 +76,7 @@ def _parse(path: Path, number: int, line: bytes) -> SourceWindow:
 
 
 def segments_around(windows: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> tuple[list[Segment], np.ndarray]:
-    """Stretches of tokens that hold all that are asked for, those that meet joined, and which holds each.
+    """The fewest segments that cover some ranges of tokens, and which of them covers each.
 
     windows, firsts, ends (n,) int64: tokens firsts[i] >= 0 to ends[i] of windows[i]. The second is (n,) int64.
     """

@@ -353,7 +353,8 @@ class _Run:
     ) -> Computed:
         """Compute this rank's share of the batches, and read its share of the windows that are there already."""
         nll = np.zeros(plan.n_windows)
-        if self.settings.shard is None and not previous.results:
+        if self.settings.shard is None and (lm is not None or not previous.results):
+            # Of a finished run too: where one file was lost since, others may be damaged.
             others = np.setdiff1d(np.arange(plan.n_windows), np.concatenate([np.zeros(0, dtype=np.int64), *batches]))
             self._read_nll(plan, others[self.ranks.rank :: self.ranks.n_ranks], nll)
         if lm is None:

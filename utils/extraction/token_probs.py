@@ -92,7 +92,8 @@ class WindowTokenProbs:
         between = "], ["
         pieces = self.json[2:-2].split(between.encode())
         # No text holds what stands between rows, so where it stands as often as rows meet, it stands there alone.
-        if len(pieces) == len(self.texts) and between not in "\n".join(self.texts):
+        is_plain = self.json.startswith(b"[[") and self.json.endswith(b"]]")
+        if is_plain and len(pieces) == len(self.texts) and between not in "\n".join(self.texts):
             return pieces
         rows = [json.dumps(row, ensure_ascii=False)[1:-1] for row in json.loads(self.json)]
         return [row.encode(errors="backslashreplace") for row in rows]

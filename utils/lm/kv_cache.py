@@ -464,7 +464,8 @@ def _slots_fit(lm: CausalLM) -> bool:
 @torch.inference_mode()
 def _require_cache(lm: CausalLM, cache: SingleSequenceCache) -> None:
     """Raise InputError where continuing from the model's own cache does not give the logits of the whole text."""
-    text, more = _probe_text(lm, 3), _probe_text(lm, 2)
+    # So long that a recurrent state matters: transformers' Mamba drops it where it reads several tokens at a time.
+    text, more = _probe_text(lm, 16), _probe_text(lm, 2)
     cache.prefill(0, [text])
     _, (logits,) = cache.forward([Block(more)], keep_all=False)
     if not _is_as_uncached(lm, logits[-1], text + more):

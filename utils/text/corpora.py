@@ -47,7 +47,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the passages come from: the user's files, or the hub, or a folder that stands for the hub."""
+    """Where the passages come from: the user's files, the hub, or a folder with copies of the hub's repositories."""
 
     dataset: str
     input_files: tuple[Path, ...] = ()
@@ -58,14 +58,14 @@ class Source:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Which split a passage belongs to, by a hash of the seed and its text: copies of a text are never torn apart."""
+    """Which split a passage belongs to, by a hash of the seed and its text: copies of a text are all in one split."""
 
     validation_fraction: float
     test_fraction: float
     seed: int
 
     def splits(self) -> set[str]:
-        """The splits that passages can belong to: not those whose fraction is 0."""
+        """The splits that passages can belong to, which are those whose fraction is not 0."""
         fractions = {"validation": self.validation_fraction, "test": self.test_fraction}
         return {"train", *(split for split, fraction in fractions.items() if fraction)}
 
@@ -115,7 +115,7 @@ def read_passages(path: Path) -> Iterator[Passage]:
 
 
 def _require_as_written(path: Path) -> None:
-    """Where stage 1 wrote a split file, raise InputError if it was changed since: that is a second for each GB."""
+    """Raise InputError where stage 1 wrote a split file and it was changed since; takes a second per GB."""
     manifest_path = path.with_name("manifest.json")
     try:
         manifest = read_manifest(manifest_path, STAGE)
@@ -126,7 +126,7 @@ def _require_as_written(path: Path) -> None:
 
 
 def write_splits(source: Source, rule: SplitRule, folder: Path, max_passages: int | None) -> dict[str, SplitSize]:
-    """Write the split files that are not in the folder yet, at most `max_passages` (None: all) each; sizes of all.
+    """Write the split files that are missing, at most `max_passages` each (None: all); returns the sizes of all.
 
     `rule` counts only for corpora that come without splits. Raises InputError where the source cannot be read or holds
     no passage, and then leaves no file of the splits that it was writing.
@@ -186,7 +186,7 @@ def _size_of(path: Path) -> SplitSize:
 
 
 def _with_text(passages: Iterable[Passage], name: str) -> Iterator[Passage]:
-    """The passages that have a visible character; raises InputError at the end where there was none."""
+    """The passages that have a visible character; raises InputError at the end where none has."""
     is_empty = True
     for passage in passages:
         if passage.text and not passage.text.isspace():
@@ -218,7 +218,7 @@ def _json_lines(lines: Iterable[str], name: str, text_column: str) -> Iterator[P
 
 
 def _passage(entry: Any, where: str, text_column: str) -> Passage:
-    """The passage of an entry or a row; raises InputError, with its place, where that is none."""
+    """The passage of an entry or a row; raises InputError, with its place, where it is not a passage."""
     if not isinstance(entry, dict):
         raise InputError(f'{where}: is {_shown(entry)}; expected an object such as {{"{text_column}": "…"}}')
     if text_column not in entry:
@@ -242,7 +242,7 @@ def _no_column(where: str, text_column: str, names: list[str]) -> InputError:
 
 
 def _spans(spans: Any, text: str, where: str) -> list[tuple[int, int]] | None:
-    """An entry's spans in the order of the text; raises InputError where one is none, overlaps or cuts a character."""
+    """An entry's spans in the order of the text; raises InputError where one is malformed, overlaps or cuts a character."""
     if spans is None:
         return None
     expected = f"expected [start, end] character offsets with 0 <= start < end <= {len(text)}"
@@ -273,12 +273,12 @@ def _shown(value: Any) -> str:
 
 
 def _repository(source: Source, name: str) -> str:
-    """What `load_dataset` calls a dataset repository: its hub name, or the folder in the mirror."""
+    """A dataset repository as `load_dataset` names it: by its hub name, or by the folder in the mirror."""
     return name if source.hub_mirror is None else str(source.hub_mirror / name)
 
 
 def _repository_files(source: Source, name: str, pattern: str) -> str:
-    """What `load_dataset` calls files of a dataset repository that its own builders read."""
+    """Files of a dataset repository as the builders of `load_dataset` name them."""
     if source.hub_mirror is None:
         return f"hf://datasets/{name}/{pattern}"
     return f"{escape(str(source.hub_mirror / name))}/{pattern}"
@@ -342,7 +342,7 @@ def _is_title(line: str) -> bool:
 
 
 def _article(lines: list[str]) -> str:
-    """The text of an article, without the blank lines that part it from the next."""
+    """The text of an article, without the blank lines between it and the next."""
     return "".join(lines).rstrip() + "\n"
 
 
@@ -389,7 +389,7 @@ def dockerfiles(source: Source) -> Iterator[Passage]:
 
 
 def find_input_files(paths: list[Path]) -> list[Path]:
-    """The files that the user's paths stand for, each once, a folder's in sorted order, hidden ones left out.
+    """The files that the user's paths name, each once; of a folder all files in sorted order but the hidden ones.
 
     Raises InputError where a path is missing, a file is of no kind we read, or a folder holds none we read.
     """
@@ -415,7 +415,7 @@ def _is_input(file: Path, folder: Path) -> bool:
 
 
 def files_fingerprint(files: Iterable[Path]) -> str:
-    """SHA-256 over the kinds and contents of files in their order; their names and places do not count."""
+    """SHA-256 over the kinds and contents of files in their order, whatever their names and places."""
     bar = ProgressBar(files, desc="looking at the input", unit="file", leave=False)
     kinds_and_contents = [(file.suffix.lower(), file_fingerprint(file)) for file in bar]
     return hashlib.sha256(repr(kinds_and_contents).encode()).hexdigest()
@@ -467,14 +467,14 @@ def embedded_documents(_: Source, split: str) -> Iterator[Passage]:
 
 @dataclass(frozen=True)
 class WithSplits:
-    """A corpus that says which split a passage is in: `read(source, split)` yields one split's."""
+    """A corpus that has splits: `read(source, split)` yields the passages of one."""
 
     read: Callable[[Source, str], Iterator[Passage]]
 
 
 @dataclass(frozen=True)
 class WithoutSplits:
-    """A corpus that is one stream, `read(source)`, whose passages a `SplitRule` deals out."""
+    """A corpus that is one stream, `read(source)`; a `SplitRule` assigns its passages to splits."""
 
     read: Callable[[Source], Iterator[Passage]]
 

@@ -1,4 +1,4 @@
-"""Expert spans: the chunks that a person marked in a text, followed from its characters to the tokens of its windows.
+"""Expert spans: the chunks that a person marked in a text, from its characters to the tokens of its windows.
 
     {stage 2's output_dir}/{partition}_expert_spans.json    [[window, first, end, span], …], one row a line
 
@@ -95,7 +95,7 @@ class ExpertSpans:
 
 
 def cuts_character(text: str, offset: int) -> bool:
-    """Whether a border at a character offset parts what a reader sees as one character.
+    """Whether a border at a character offset divides what a reader sees as one character.
 
     Offsets count Unicode code points, so none can part a surrogate pair or the bytes of one code point. What is left
     are Unicode's grapheme clusters (UAX 29, without its rule for Indic conjuncts): a letter and its combining marks,
@@ -171,7 +171,7 @@ def _bounds_by_offsets(borders: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 def _bounds_by_decoding(
     where: str, text: str, borders: np.ndarray, token_ids: list[int], tokenizer: "PreTrainedTokenizerBase"
 ) -> np.ndarray:
-    """The same from how much of the text the first k tokens give back, for tokenizers written in Python.
+    """The same, for tokenizers written in Python, from how much of the text the first k tokens decode to.
 
     A token belongs to a span unless the tokens up to it end before the span, or those before it end after. Where only
     white space comes back otherwise (words joined by one space), only the other characters count. Raises InputError
@@ -194,8 +194,8 @@ def _bounds_by_decoding(
         return next((n for n, (a, b) in pairs if a != b), min(len(given), len(compared)))
 
     def n_characters(n_tokens: int) -> int:
-        """Characters of the text that the first tokens give back whole."""
-        # The bytes of a character that is cut may spoil those before it, and are three at most.
+        """The number of characters of the text that the first tokens decode to."""
+        # A cut character has three bytes at most, which may spoil the characters before it.
         return max(map(n_alike, range(max(n_tokens - 3, 0), n_tokens + 1)))
 
     counts = range(len(token_ids) + 1)
@@ -225,12 +225,12 @@ def expert_spans_path(folder: Path) -> Path:
 
 
 def expert_spans_are_written(folder: Path, results: dict[str, object]) -> bool:
-    """Whether stage 2's results, of a run in this folder, speak of the text's spans, and their file is there."""
+    """Whether the results of stage 2 in this folder count the text's spans, and their file is there."""
     return N_SPANS in results and (not results[N_SPANS] or expert_spans_path(folder).exists())
 
 
 def write_expert_spans(folder: Path, spans: ExpertSpans) -> dict[str, int | str | None]:
-    """Write the file, where there are spans; returns what stage 2's results say of it."""
+    """Write the file, where there are spans; returns what the results of stage 2 say about it."""
     path = expert_spans_path(folder)
     if not len(spans.windows):
         return {N_SPANS: 0, FINGERPRINT: None}
@@ -239,7 +239,7 @@ def write_expert_spans(folder: Path, spans: ExpertSpans) -> dict[str, int | str 
 
 
 def read_expert_spans(folder: Path, results: dict[str, object]) -> ExpertSpans:
-    """The spans of a text that stage 2's results speak of.
+    """The spans of a text, as the results of stage 2 count them.
 
     Raises InputError where the text has none, or the file is missing or not the one that stage 2 wrote.
     """

@@ -1,4 +1,4 @@
-"""Prompts: read a prompt file in any of its layouts and turn each prompt into the token ids that the LM is given.
+"""Prompts: read a prompt file in any of its layouts and turn each prompt into token ids.
 
 A prompt is tokenised as its tokenizer does by default and wrapped in nothing, unless `--prompt_template` or `--chat`
 asks for it.
@@ -76,7 +76,7 @@ def _prompt_text(path: Path, index: int, entry: Any) -> str:
 
 
 def _text_of(entry: Any) -> Any:
-    """What stands where an entry's text belongs; None where there is no such place."""
+    """The value in the place of an entry's text; None where there is no such place."""
     if not isinstance(entry, dict):
         return entry
     found = next((entry[key] for key in ("prompt", "text") if key in entry), None)
@@ -95,7 +95,7 @@ def _require_unicode(text: str, where: str) -> None:
 
 
 def repeated(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
-    """Each prompt n times in a row, numbered anew."""
+    """Each prompt n times in a row, with new numbers."""
     return [replace(prompt, index=n * prompt.index + i) for prompt in prompts for i in range(n)]
 
 
@@ -103,7 +103,7 @@ def repeated(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
 
 
 def require_template(template: str | None, chat: bool) -> None:
-    """Raise InputError where --prompt_template has no place for the prompt or --chat is given too; needs no model."""
+    """Raise InputError where --prompt_template has no place for the prompt or --chat is given too."""
     if template is None:
         return
     if chat:
