@@ -60,7 +60,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def page() -> str:
-    examples = sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py"))
+    scripts = (
+        path for path in (ROOT / "examples").glob("*.py") if "def parse_args" in path.read_text(encoding="utf-8")
+    )
+    examples = sorted(f"examples/{path.name}" for path in scripts)
     return "\n".join([HEAD, *map(section, (PIPELINE, *STAGES, INSPECTOR, *examples))])
 
 

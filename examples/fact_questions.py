@@ -7,7 +7,7 @@ LM with a datastore of the spans in chunk mode (paper: 0, 46.4 and 75.7% with GP
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import floor, sqrt
 from pathlib import Path
@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.datastore.store import Datastore
 from utils.decoding.acceptance import Acceptance
-from utils.decoding.loop import Decoding, Request, decode
+from utils.decoding.loop import Decoding, decode
 from utils.decoding.retriever import Retriever
+from utils.decoding.types import Generation, Request
 from utils.files import InputError
 from utils.json_io import iter_json_list
 from utils.lm.model import CausalLM, eos_token_ids
@@ -103,28 +104,26 @@ class Asker:
         Raises InputError where a prompt and its answer exceed the model's positions.
         """
         retriever = Retriever(self._datastore, Acceptance(threshold)) if way == WITH_CHUNKS else None
-        return self._answers(questions, way, retriever)
+        texts = {each.index: each.new_token_ids for each in self._generate(questions, way, retriever)}
+        return [str(self._tokenizer.decode(texts[n])) for n in range(len(questions))]
 
     def thresholds(self, questions: Sequence[Question]) -> list[float]:
         """Quantiles of the similarities that the questions' chunks have: what θ means differs from model to model."""
-        retriever = Retriever(self._datastore, Acceptance(-1))
-        self._answers(questions, WITH_CHUNKS, retriever)
-        if not retriever.similarities:
+        generations = self._generate(questions, WITH_CHUNKS, Retriever(self._datastore, Acceptance(-1)))
+        similarities = [proposal.similarity for each in generations if each.trace for proposal in each.trace.proposals]
+        if not similarities:
             raise InputError("no question or answer ends with an entry token of the datastore; mark what follows names")
-        quantiles = np.quantile(retriever.similarities, np.linspace(0, 1, N_THRESHOLDS))
+        quantiles = np.quantile(similarities, np.linspace(0, 1, N_THRESHOLDS))
         return sorted({floor(similarity * 1000) / 1000 for similarity in quantiles.tolist()})
 
-    def _answers(self, questions: Sequence[Question], way: str, retriever: Retriever | None) -> list[str]:
+    def _generate(self, questions: Sequence[Question], way: str, retriever: Retriever | None) -> Iterator[Generation]:
         requests = [
             Request(n, self._prompt_ids(question, way), self._max_new_tokens, self._seed)
             for n, question in enumerate(questions)
         ]
         ends = eos_token_ids(self._lm.model.generation_config, self._tokenizer)
         decoding = Decoding(Sampler.from_settings(self._temperature, None, None), ends, retriever, BATCH_SIZE)
-        texts = [""] * len(requests)
-        for generation in decode(self._lm, requests, decoding):
-            texts[generation.index] = str(self._tokenizer.decode(generation.new_token_ids))
-        return texts
+        return decode(self._lm, requests, decoding)
 
     def _prompt_ids(self, question: Question, way: str) -> list[int]:
         prompt = f"{question.profile}\n{question.prompt}" if way == WITH_PROFILE else question.prompt

@@ -75,11 +75,11 @@ def in_processes(
     with ProcessPoolExecutor(n_workers, _CONTEXT, _start_worker, (prepare,)) as pool:
 
         def submit(n_tasks: int) -> None:
-            pending.extend(pool.submit(_do_task, waiting.popleft()) for _ in range(min(n_tasks, len(waiting))))
+            with _interrupts_held():  # submitting a task may start a process
+                pending.extend(pool.submit(_do_task, waiting.popleft()) for _ in range(min(n_tasks, len(waiting))))
 
         try:
-            with _signals_blocked():
-                submit(TASKS_AHEAD * n_workers)
+            submit(TASKS_AHEAD * n_workers)
             while pending:
                 done = pending[0] if in_order else next(iter(wait(pending, return_when=FIRST_COMPLETED).done))
                 pending.remove(done)
@@ -94,13 +94,25 @@ def in_processes(
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Keep Ctrl-C and SIGTERM waiting while processes start; these inherit the mask, and leave Ctrl-C to the parent."""
+def _interrupts_held() -> Iterator[None]:
+    """Keep Ctrl-C and SIGTERM waiting while processes start; these inherit the mask, and leave Ctrl-C to the parent.
+
+    A worker that is not yet known to its pool when that closes would end with a traceback. The mask alone does not
+    hold a signal: another thread, such as tqdm's, may take it, and Python then calls the handler in the main thread.
+    """
+    came: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # handlers are set and called in no other
+        handlers = {number: signal.signal(number, lambda got, _: came.append(got)) for number in _INTERRUPTS}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 _work: Callable[[Any], Any] | None = None  # of a worker process

@@ -68,8 +68,8 @@ def read_map(path: Path) -> AcceptanceMap:
 class Acceptance:
     """Which proposals become text.
 
-    similarity_threshold θ in [-1, 1], where 1 disables retrieval; q_max in (0, 1) caps the default map, and is what
-    `threshold` is as a probability; fitted: a map that takes the place of θ's.
+    similarity_threshold θ in [-1, 1], where 1 disables retrieval; q_max in (0, 1) caps the default map, and under
+    `threshold` is the acceptance probability from θ on; fitted: a map that takes the place of θ's.
     """
 
     similarity_threshold: float
@@ -86,10 +86,10 @@ class Acceptance:
         """g(s) of the fitted map or of θ's."""
         if self.never:
             return np.zeros_like(np.asarray(similarity, dtype=np.float64))
-        return self.in_force(similarity)
+        return self.acceptance_map(similarity)
 
     @property
-    def in_force(self) -> AcceptanceMap:
+    def acceptance_map(self) -> AcceptanceMap:
         """The fitted map, or that of θ < 1."""
         return self.fitted or AcceptanceMap.from_threshold(self.similarity_threshold, self.q_max)
 

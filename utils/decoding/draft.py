@@ -1,7 +1,7 @@
 """Drafts for verified generation: what the datastore and the text so far expect after the next token, as a tree.
 
 The rows of the entry token whose chunk begins with the next token are one range of the prefix-sorted trie. The k most
-similar of them, and the earlier places of the live texts, vote for their continuations with the weight
+similar of them, and the earlier places of the live texts (the running one and, with `--live session`, those before), vote for their continuations with the weight
 exp((s - s_max) / t). The weights add up on the prefix tree of the continuations, whose heaviest nodes are the draft.
 
 Four sources vote: the datastore and the running text, each by the last two tokens and, since a pair is often new, by
@@ -90,7 +90,7 @@ class Drafter(Protocol):
     """
 
     def hint(self, token_ids: list[int]) -> float:
-        """An estimate, in [0, 1], of how likely a draft's best first token is, at next to no cost."""
+        """A cheap estimate, in [0, 1], of how likely a draft's best first token is, without a search."""
         ...
 
     def draft(self, key: int, token_ids: list[int], hidden_state: Tensor, max_depth: int) -> DraftTree:
@@ -127,11 +127,11 @@ class RetrievalDrafter:
         self._observed: dict[int, list[tuple[list[int], Tensor]]] = {}  # not yet in the running texts
         self._session = LiveTexts()
         self._common = lru_cache(COMMON_TOKENS)(self._find_common)
-        self._commonest = lru_cache(COMMON_TOKENS)(self._find_commonest)
+        self._share_of_commonest = lru_cache(COMMON_TOKENS)(self._find_share_of_commonest)
 
     def hint(self, token_ids: list[int]) -> float:
         """The share of the most common token after the last one, in the datastore."""
-        return self._commonest(token_ids[-1])
+        return self._share_of_commonest(token_ids[-1])
 
     def draft(self, key: int, token_ids: list[int], hidden_state: Tensor, max_depth: int) -> DraftTree:
         depth = min(max_depth, self._settings.max_depth)
@@ -213,7 +213,7 @@ class RetrievalDrafter:
             table[node, depth - 1] = tree.token_ids[node]
         return table, STORED_LAST_TOKEN.weight * weights.clip(min=0)
 
-    def _find_commonest(self, token_id: int) -> float:
+    def _find_share_of_commonest(self, token_id: int) -> float:
         trie = self._datastore.trie(token_id) if self._datastore is not None else None
         if trie is None:
             return 0.0
@@ -296,6 +296,9 @@ class LiveTexts:
     """
 
     def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         self.n_tokens = 0  # with those between texts
         self._token_ids = np.empty(0, dtype=np.int64)  # more than there are tokens, as are the vectors
         self._vectors = torch.empty(0, 0)
@@ -324,7 +327,7 @@ class LiveTexts:
         if self.n_tokens > max_tokens:
             kept = slice(self.n_tokens - max_tokens // 2, self.n_tokens)
             token_ids, vectors = self._token_ids[kept].tolist(), self._vectors[kept].clone()
-            self.__init__()  # type: ignore[misc]
+            self._clear()
             self.extend(token_ids, vectors)
 
     def after_pair(self, entry: int, following: int, query: Tensor, depth: int, n_best: int) -> Places:

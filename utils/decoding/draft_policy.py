@@ -73,14 +73,14 @@ class DraftPolicy:
 
     def record_draft(self, tree: DraftTree, accepted: list[int]) -> None:
         """Take note of the accepted nodes of a tree, a path; their siblings were rejected, the other nodes not reached."""
-        parts = _parts(tree)
-        bins = np.searchsorted(SHARE_BINS, parts)
+        shares = _shares_of_parent(tree)
+        bins = np.searchsorted(SHARE_BINS, shares)
         reached = np.isin(tree.parents, [-1, *accepted])
-        np.add.at(self._shares, bins[reached], parts[reached])
+        np.add.at(self._shares, bins[reached], shares[reached])
         np.add.at(self._accepted, bins[accepted], 1)
 
     def paying_parts(self, trees: list[DraftTree]) -> list[DraftTree]:
-        """Of one tree per row, the parts that bring the most tokens a second; now and then whole trees, to try them.
+        """Of one tree per row, the shares that bring the most tokens a second; now and then whole trees, to try them.
 
         The longest tree determines the time of the pass, so all get the size that pays for all together.
         """
@@ -111,15 +111,15 @@ class DraftPolicy:
         """(n_nodes,) probability that each node is accepted, none above its parent's."""
         # How much more often than their shares say a bin's nodes were accepted; close to 1 after few observations.
         factor = (self._accepted + PRIOR_NODES) / (self._shares + PRIOR_NODES)
-        parts = _parts(tree)
-        chances = np.minimum(parts * factor[np.searchsorted(SHARE_BINS, parts)], 1.0)
+        shares = _shares_of_parent(tree)
+        chances = np.minimum(shares * factor[np.searchsorted(SHARE_BINS, shares)], 1.0)
         for node, parent in enumerate(tree.parents):
             if parent >= 0:
                 chances[node] *= chances[parent]
         return chances
 
 
-def _parts(tree: DraftTree) -> np.ndarray:
+def _shares_of_parent(tree: DraftTree) -> np.ndarray:
     """(n_nodes,) each node's share of its parent's votes."""
     return np.array(tree.shares) / np.array([*tree.shares, 1.0])[tree.parents]
 

@@ -6,7 +6,7 @@ and padding. Random numbers follow `torch.manual_seed`.
 
 from copy import copy
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ BLIND_TO_TEXT = (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-_WRAPPED: WeakKeyDictionary[PreTrainedModel, CausalLM] = WeakKeyDictionary()
+# The model's hook holds the CausalLM, which holds the model; a reference from here would keep both for good.
+_WRAPPED: WeakKeyDictionary[PreTrainedModel, ReferenceType[CausalLM]] = WeakKeyDictionary()
 
 
 def chunk_generate(
@@ -110,9 +111,12 @@ def _require_supported(config: GenerationConfig) -> None:
 
 
 def _wrapped(model: PreTrainedModel) -> CausalLM:
-    if model not in _WRAPPED:
-        _WRAPPED[model] = CausalLM(model, model.name_or_path or type(model).__name__)
-    return _WRAPPED[model]
+    found = _WRAPPED.get(model)
+    lm = None if found is None else found()
+    if lm is None:
+        lm = CausalLM(model, model.name_or_path or type(model).__name__)
+        _WRAPPED[model] = ref(lm)
+    return lm
 
 
 def _without_padding(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:

@@ -52,8 +52,8 @@ class Decoding:
     retriever: Retriever | None = None
     batch_size: int = 1
     drafter: Drafter | None = None
-    draft_policy: DraftPolicy | None = None  # None: drafts are verified whole, whatever that costs
-    cache: KVCache | None = None  # one with room for the sequences; None: each call makes one
+    draft_policy: DraftPolicy | None = None  # None: every draft is verified whole
+    cache: KVCache | None = None  # one to reuse, whose rows take the place of batch_size; None: `decode` makes one
     on_tokens: Callable[[int, list[int], Proposal | None], None] | None = None
     stops: Callable[[list[int]], bool] | None = None
     # Compute everything a step may need and copy it to the host at once, instead of waiting for the device for each
@@ -168,7 +168,7 @@ class _Loop:
         self.sequences: list[_Sequence] = []
         self._events: list[tuple[int, list[int], Proposal | None]] = []
         self._lm, self._decoding, self._cache = lm, decoding, cache
-        self._at_once = lm.device.type == "cuda" if decoding.prefetch_all is None else decoding.prefetch_all
+        self._prefetch_all = lm.device.type == "cuda" if decoding.prefetch_all is None else decoding.prefetch_all
         self._timer = StepTimer(1, lm.device)
 
     @property
@@ -248,7 +248,7 @@ class _Loop:
 
     def _fetch(self, values: list[Tensor]) -> list[list[float]]:
         """The results of searches on the host; with `prefetch_all` the next tokens too, in the same copy."""
-        if not self._at_once:
+        if not self._prefetch_all:
             return torch.stack(values).tolist()
         with self._timer.lm:
             drawn = self._next_tokens(self.sequences)
@@ -281,8 +281,8 @@ class _Loop:
     def _next_tokens(self, sequences: list[_Sequence]) -> Tensor:
         """(n,) int64: the next tokens, drawn from the LM."""
         logits = sequences[0].logits[None] if len(sequences) == 1 else torch.stack([s.logits for s in sequences])
-        points = [sequence.token_uniforms[sequence.n_new] for sequence in sequences]
-        return self._decoding.sampler.tokens(logits, points, lambda i: sequences[i].token_ids)
+        drawn_at = [sequence.token_uniforms[sequence.n_new] for sequence in sequences]
+        return self._decoding.sampler.tokens(logits, drawn_at, lambda i: sequences[i].token_ids)
 
     def _append(self, sequence: _Sequence, token_ids: list[int], chunk: Proposal | None) -> None:
         """Append tokens to the text, up to the first that ends it."""
@@ -392,7 +392,7 @@ class _Loop:
         depths = [block.depths() for block in blocks]
         tokens_at = partial(self._tokens_at, blocks, depths, logits)
         known: dict[tuple[int, int], int] = {}
-        if self._at_once:
+        if self._prefetch_all:
             nodes = [(row, node) for row, block in enumerate(blocks) for node in range(len(block.token_ids))]
             tokens, joined = to_host(tokens_at(nodes), torch.cat(hidden_states))
             known = dict(zip(nodes, tokens.tolist(), strict=True))
@@ -420,14 +420,14 @@ class _Loop:
         places = [
             min(sequences[row].n_new + depths[row][node], sequences[row].request.max_new_tokens) for row, node in nodes
         ]
-        points = [sequences[row].token_uniforms[place] for (row, _), place in zip(nodes, places, strict=True)]
+        drawn_at = [sequences[row].token_uniforms[place] for (row, _), place in zip(nodes, places, strict=True)]
 
         def prefix(i: int) -> list[int]:
             row, node = nodes[i]
             return sequences[row].token_ids[:-1] + blocks[row].path_to(node)
 
-        at_nodes = torch.cat(logits) if self._at_once else torch.stack([logits[row][node] for row, node in nodes])
-        return self._decoding.sampler.tokens(at_nodes, points, prefix)
+        at_nodes = torch.cat(logits) if self._prefetch_all else torch.stack([logits[row][node] for row, node in nodes])
+        return self._decoding.sampler.tokens(at_nodes, drawn_at, prefix)
 
     def _accept(self, sequence: _Sequence, block: Block, path: list[int]) -> list[int]:
         """Append the drafted tokens of the path; returns the path up to the end of the text."""

@@ -1,6 +1,6 @@
 """Retrieval of a proposal: the row of the entry token's trie whose context vector is most similar (paper section 4)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -21,14 +21,14 @@ class Proposal:
 
 @dataclass(frozen=True)
 class ProposalSearch:
-    """A search of a token trie that has been started. `pending` is its result on the device, None where the host has it."""
+    """A search of a token trie that has been started. `pending`: its result on the device; None where the host has it."""
 
     trie: TokenTrie
-    search: Search
+    index_search: Search
 
     @property
     def pending(self) -> Tensor | None:
-        return self.search.pending
+        return self.index_search.pending
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ class Retriever:
 
     datastore: Datastore
     acceptance: Acceptance
-    similarities: list[float] = field(default_factory=list)  # of every proposal so far, accepted or not
 
     def start_search(self, entry_token_id: int, hidden_state: Tensor) -> ProposalSearch | None:
         """Start to search the entry token's trie, without waiting for a device; None where there is no trie.
@@ -52,8 +51,7 @@ class Retriever:
     def proposal(self, search: ProposalSearch, values: list[float] | None, uniform: float) -> Proposal:
         """The most similar row, and whether its chunk is accepted.
 
-        values: what is `pending`, on the host; uniform: in [0, 1), decides under `bernoulli`.
+        values: `pending` copied to the host, None where it is None; uniform: in [0, 1), decides under `bernoulli`.
         """
-        row, similarity = search.search.result(values)
-        self.similarities.append(similarity)
+        row, similarity = search.index_search.result(values)
         return Proposal(search.trie.chunk(row), similarity, row, self.acceptance.accepts(similarity, uniform))

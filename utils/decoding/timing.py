@@ -57,7 +57,8 @@ class StepTimer:
             self._seconds = time.perf_counter() - self._started
 
     def share(self) -> tuple[float, float, float]:
-        """Of one sequence: seconds altogether, in the LM, in retrieval. On CUDA the LM's may be the next step's wait."""
+        """Of one sequence: seconds altogether, in the LM, in retrieval. On CUDA the LM's may exceed the step's, whose
+        kernels may still run when it ends."""
         assert self._seconds is not None
         n = self._n_sequences
         return self._seconds / n, self.lm.seconds / n, self.retrieval.seconds / n

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 # Token ids to text, as a tokenizer's `decode`.
-Decode = Callable[[list[int]], str]
-# Tokens before a token that decide whether its text begins with a space or completes a character.
+Detokenize = Callable[[list[int]], str]
+# How many preceding tokens decide whether a token's text begins with a space or completes a character.
 CONTEXT_TOKENS = 4
 
 
@@ -121,7 +121,7 @@ class Generation:
 # ---- From token ids to text
 
 
-def text_pieces(token_ids: Sequence[int], borders: Sequence[int], decode: Decode) -> list[str]:
+def text_pieces(token_ids: Sequence[int], borders: Sequence[int], decode: Detokenize) -> list[str]:
     """The text cut at token borders (ascending): len(borders) + 1 pieces that join to the text of all token ids.
 
     Each cut is where the text up to the border agrees with the whole. Pieces that are decoded one by one would lose
@@ -140,7 +140,7 @@ def text_pieces(token_ids: Sequence[int], borders: Sequence[int], decode: Decode
 class TokenTexts:
     """Cuts texts at every token. It remembers the text of each token alone, which for most texts is all it needs."""
 
-    def __init__(self, decode: Decode) -> None:
+    def __init__(self, decode: Detokenize) -> None:
         self._decode = decode
         self._alone: dict[int, str] = {}
 

@@ -197,7 +197,7 @@ def fit_map(proposals: Proposals, q_max: float, n_knots: int = N_KNOTS) -> tuple
         with np.errstate(divide="ignore", invalid="ignore"):
             yes = np.nan_to_num(weights * values / q) * found.accepted[known, None]
             no = np.nan_to_num(weights * (1 - values) / (1 - q)) * found.rejected[known, None]
-        values = np.minimum(_pooled(yes.sum(axis=0), no.sum(axis=0)), q_max)
+        values = np.minimum(_pool_adjacent_violators(yes.sum(axis=0), no.sum(axis=0)), q_max)
     return AcceptanceMap(tuple(knots.tolist()), tuple(values.tolist())), history
 
 
@@ -207,7 +207,7 @@ def _knot_weights(similarities: np.ndarray, knots: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(similarities, knots, row) for row in unit], axis=1)
 
 
-def _pooled(yes: np.ndarray, no: np.ndarray) -> np.ndarray:
+def _pool_adjacent_violators(yes: np.ndarray, no: np.ndarray) -> np.ndarray:
     """Ascending shares yes / (yes + no) of greatest likelihood: adjacent ones that descend become one."""
     groups: list[list[float]] = []  # yes, total, members
     for a, b in zip(yes.tolist(), (yes + no).tolist(), strict=True):

@@ -45,7 +45,7 @@ class TextSize:
 
 @dataclass(frozen=True)
 class TextReader:
-    """What turns a file of passages into proposals: the model, its datastore (None: none) and the windows' shape."""
+    """Turns a file of passages into proposals. datastore: None for no proposals; folder: for temporary files."""
 
     lm: CausalLM
     tokenizer: PreTrainedTokenizerBase
@@ -123,7 +123,7 @@ def evaluate_perplexity(
         raise InputError(f"{path}: the acceptance map was fitted to this text; evaluate on another one")
     proposals, size = reader.read(path)
     constant = None if fitted is None else fitted.origin.get("constant")
-    settings = settings_of(thresholds, acceptance, constant)
+    settings = table_settings(thresholds, acceptance, constant)
     probabilities = [setting_probabilities(setting, proposals) for setting in settings.values()]
     figures = cdlm_figures(proposals, np.stack(probabilities), size) if settings else []
     found = proposals.similarities[~np.isnan(proposals.similarities)]
@@ -144,7 +144,7 @@ def evaluate_perplexity(
 
 
 def find_proposals(lm: CausalLM, datastore: Datastore | None, plan: WindowPlan, batch_size: int) -> Proposals:
-    """The LM's probability and the datastore's proposal (None: none) at every position from a window's second token on.
+    """The LM's probability and the proposal at every position from a window's second token on; datastore None: no proposals.
 
     Raises InputError where the model computes NaN or infinity.
     """
@@ -196,7 +196,7 @@ def read_positions(lm: CausalLM, plan: WindowPlan, batch_size: int) -> Iterator[
 
 
 def grouped(parts: Iterable[Positions]) -> Iterator[Positions]:
-    """As many positions together as fit in memory, so that one search covers all those of an entry token."""
+    """Join batches up to HIDDEN_NUMBERS_AT_ONCE, so that one search covers all positions of an entry token."""
     group: list[Positions] = []
     n_numbers = 0
     for part in parts:
@@ -309,7 +309,7 @@ def _interval(nll: np.ndarray, n_tokens: np.ndarray) -> tuple[float, float]:
     return float(lower), float(upper)
 
 
-def settings_of(
+def table_settings(
     thresholds: list[float], acceptance: Acceptance, constant: float | None
 ) -> dict[str, Acceptance | AcceptanceMap]:
     """The settings of a table by name: each θ, and where a map was fitted, that and the best constant q beside it."""

@@ -1,12 +1,15 @@
-"""Results: `prompt_{i}.json` with every run of one prompt, and `summary.json` over all prompts.
+"""`prompt_{i}.json`: every run of one prompt.
 
-A prompt's file has six parts. `generation`: `prefix` (the prompt's text) and per run `{run}_text` (what follows it),
-`{run}_tokens` (one flat list, the prompt's first) and in chunk mode `{run}_retrieved_phrases`. `time`: seconds per run.
-`metrics`: per run, what was counted. `settings`: per run, what decided its tokens. `session`: the process that timed
-it, since times of two processes compare badly. `trace`: per run, columns of what happened step by step: `tokens` (of
-the flat list, when the prompt was read and after each step), what each took, and every proposal, accepted or not; files
-of before it was kept have none. A run adds its own keys and never drops another's; its numbers are those of the paper's
-section 6, FPS and TTS among them.
+    generation   prefix (the prompt's text); per run {run}_text (what follows it), {run}_tokens (one flat list, the prompt's
+                 first) and in chunk mode {run}_retrieved_phrases
+    time         seconds per run
+    metrics      per run, counts and what follows from them: FPS and TTS of the paper's section 6 among them
+    settings     per run, all that decides its tokens
+    session      per run, the process that timed it, since times of two processes compare badly
+    trace        per run, columns of steps and proposals: `tokens` (of the flat list, when the prompt was read and after
+                 each step), what each took, every proposal, accepted or not. Files written before traces existed have none.
+
+A run adds its own keys and never drops another's.
 """
 
 import json
@@ -22,7 +25,8 @@ import numpy as np
 
 from utils.decoding.types import (
     AcceptedChunk,
-    Decode,
+    Detokenize,
+    DraftCounts,
     Generation,
     GenerationStats,
     ProposalRecord,
@@ -103,7 +107,7 @@ def _difference(
     results: Results, name: str, settings: Mapping[str, Any], prompt: tuple[str, list[int]] | None
 ) -> str | None:
     """What sets a stored run apart from this one; None where they are the same."""
-    found, wanted = results["settings"][name], _asstored_results(settings)
+    found, wanted = results["settings"][name], _as_stored(settings)
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
             return f"was made with {key} {_shown(found.get(key))}, this run has {_shown(wanted.get(key))}"
@@ -112,7 +116,7 @@ def _difference(
     return None
 
 
-def _asstored_results(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
@@ -158,7 +162,7 @@ def save_run(
     generation: Generation,
     prefix: str,
     settings: Mapping[str, Any],
-    decode: Decode,
+    decode: Detokenize,
     nll: float | None = None,
     session: str = SESSION,
 ) -> None:
@@ -187,7 +191,7 @@ def save_run(
         ]
     results["time"][_time_key(name)] = generation.stats.seconds
     results["metrics"][name] = _metrics(generation, nll)
-    results["settings"][name] = _asstored_results(settings)
+    results["settings"][name] = _as_stored(settings)
     results["session"][name] = session
     if generation.trace is not None:
         results["trace"][name] = _trace_columns(generation.trace)
@@ -375,7 +379,11 @@ def read_run(save_dir: Path, index: int, name: str) -> Generation:
     phrases = generation.get(f"{name}_retrieved_phrases", [])
     chunks = [AcceptedChunk(phrase["position"], phrase["token_ids"], phrase["similarity"]) for phrase in phrases]
     seconds, lm_seconds, retrieval_seconds = (float(metrics[key]) for key in SECONDS)
-    stats = GenerationStats(metrics["forward_passes"], seconds, lm_seconds, retrieval_seconds)
+    drafts = None
+    if "drafts" in metrics:
+        by_position = metrics["drafted_by_position"], metrics["accepted_by_position"]
+        drafts = DraftCounts(metrics["drafts"], metrics["draft_tokens"], *by_position)
+    stats = GenerationStats(metrics["forward_passes"], seconds, lm_seconds, retrieval_seconds, drafts)
     trace = _trace_of(results["trace"][name]) if name in results["trace"] else None
     return Generation(index, prompt_ids, generation[f"{name}_tokens"][len(prompt_ids) :], chunks, stats, trace)
 

@@ -126,7 +126,7 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What one command of stage 5 is asked for: the script's flags. datastore: None where only the baseline runs."""
+    """The settings of one stage 5 command, as its flags give them. datastore: None where only the baseline runs."""
 
     model: ModelSettings
     datastore: DatastoreSettings | None
@@ -141,7 +141,7 @@ class EvaluationSettings:
 
 
 class Evaluation:
-    """The runs of one command: `run` generates and saves them, `summary` returns what came out as text."""
+    """The runs of one command: `run` generates and saves them, `summary` describes the results as text."""
 
     def __init__(self, settings: EvaluationSettings) -> None:
         """Raises InputError where a prompt does not fit the model, or the datastore is not this model's."""
@@ -301,6 +301,8 @@ class Evaluation:
                     stream.begin(name, {request.index: request.prompt_ids for request in lacking[name]})
                 generation = next(generations[name])
                 self._save(lm, name, generation)
+                if generation.trace is not None:
+                    self._similarities += [proposal.similarity for proposal in generation.trace.proposals]
                 bar.update()
                 LOGGER.debug("prompt %s, %s: %s", generation.index, name, _costs(generation))
 
@@ -318,21 +320,26 @@ class Evaluation:
         return Request(index, self._encoded[index], self._generation.max_new_tokens, self._generation.seed)
 
     def _make_caches(self, lm: CausalLM, lacking: dict[str, list[Request]]) -> dict[str, KVCache]:
-        """A cache for each run. One prompt at a time leaves no sequence in it between two turns, so all runs share one."""
+        """A cache for each run. With one row all share one: it is empty whenever another run takes its turn."""
         n_rows = min(self._generation.batch_size, max(map(len, lacking.values())))
-        uses_drafts = self._generation.decoding == "verify" and self._run_name in lacking
-        n_slots = n_slots_for([request for requests in lacking.values() for request in requests], uses_drafts)
+        n_slots = {name: n_slots_for(requests, self._verifies(name)) for name, requests in lacking.items()}
+        make = partial(make_kv_cache, lm, n_rows, graphs=self._generation.cuda_graphs)
         with torch.inference_mode():
-            make = partial(make_kv_cache, lm, n_rows, n_slots, graphs=self._generation.cuda_graphs)
-            return dict.fromkeys(lacking, make()) if n_rows == 1 else {name: make() for name in lacking}
+            if n_rows == 1:
+                return dict.fromkeys(lacking, make(n_slots=max(n_slots.values())))
+            return {name: make(n_slots=n) for name, n in n_slots.items()}
 
     def _warm_up(self, lm: CausalLM, caches: dict[str, KVCache]) -> None:
-        """Run each kind of decoding once, since first calls are slow. Its drafts, times and similarities are thrown away."""
+        """Run each kind of decoding once, with all rows, since first calls are slow. Nothing of it is kept."""
         n_tokens = min(WARM_UP_TOKENS, self._generation.max_new_tokens)
         for name, cache in caches.items():
-            decoding = replace(self._decoding(name, lm), cache=cache, retriever=self._retriever(name, []))
-            for _ in decode(lm, [Request(0, self._encoded[0], n_tokens)], decoding):
+            texts = [self._encoded[n % len(self._encoded)] for n in range(cache.n_rows)]
+            requests = [Request(n, prompt_ids, n_tokens) for n, prompt_ids in enumerate(texts)]
+            for _ in decode(lm, requests, replace(self._decoding(name, lm), cache=cache)):
                 pass
+
+    def _verifies(self, name: str) -> bool:
+        return name != BASELINE and self._generation.decoding == "verify"
 
     def _decoding(self, name: str, lm: CausalLM) -> Decoding:
         """How a run decodes, with a drafter of its own."""
@@ -340,19 +347,13 @@ class Evaluation:
         decoding = Decoding(
             sampler=Sampler.from_settings(generation.temperature, generation.top_k, generation.top_p),
             eos_token_ids=eos_token_ids(lm.model.generation_config, self._tokenizer),
-            retriever=self._retriever(name, self._similarities),
-            batch_size=generation.batch_size,
         )
-        if name == BASELINE or generation.decoding == "chunk":
+        if name == BASELINE:
             return decoding
+        if not self._verifies(name):
+            return replace(decoding, retriever=Retriever(self._datastore, self._acceptance))
         policy = DraftPolicy() if generation.draft_growth == "paying" else None
         return replace(decoding, drafter=RetrievalDrafter(self._datastore, generation.drafts), draft_policy=policy)
-
-    def _retriever(self, name: str, similarities: list[float]) -> Retriever | None:
-        """similarities: a list that each proposal's is added to."""
-        if name == BASELINE or self._generation.decoding != "chunk":
-            return None
-        return Retriever(self._datastore, self._acceptance, similarities)
 
     def _save(self, lm: CausalLM, name: str, generation: Generation) -> None:
         nll = negative_log_likelihood(lm, generation.prompt_ids, generation.new_token_ids)
@@ -393,7 +394,7 @@ class Evaluation:
             generation = read_run(save_dir, index, self._run_name)
             parts.append(format_example(generation, self._run_name, self._decode_text, colour))
         if self._similarities:
-            parts.append(_describe(np.array(self._similarities), self._settings.acceptance.similarity_threshold))
+            parts.append(_describe(np.array(self._similarities), self._acceptance))
         parts.append(f"Every generation: {prompt_path(save_dir, 0)} and on; totals: {save_dir / 'summary.json'}")
         return "\n\n".join(parts)
 
@@ -412,7 +413,7 @@ class Evaluation:
             facts=self._facts(summary["runs"][name]["settings"]),
             similarity_threshold=acceptance.similarity_threshold,
             policy=acceptance.policy,
-            acceptance_map=acceptance.in_force if proposes else None,
+            acceptance_map=acceptance.acceptance_map if proposes else None,
             is_fitted=self._fitted is not None,
             corpus="" if datastore is None else f"{datastore.dataset}, {datastore.partition}",
             trie_folder=None if datastore is None else datastore.trie_folder,
@@ -439,8 +440,10 @@ class Evaluation:
 
 
 def _turns(names: list[str], counts: dict[str, int]) -> Iterator[str]:
-    """The runs' names in the order in which each yields its next generation: in turn, so that the machine's noise meets
-    all alike, and each first half of the time, so that neither always finds the caches warm."""
+    """The run that generates next, again and again.
+
+    Runs alternate, so that noise affects all alike, and the order reverses each round, so that no run always goes first.
+    """
     left = dict(counts)
     while names := [name for name in names if left[name]]:
         for name in names:
@@ -455,12 +458,12 @@ def _costs(generation: Generation) -> str:
     return f"{passes} ({stats.lm_seconds:.2f} in the LM, {stats.retrieval_seconds:.2f} in retrieval)"
 
 
-def _describe(similarities: np.ndarray, similarity_threshold: float) -> str:
-    """The distribution of the best similarities, without which θ says little: it differs from model to model."""
+def _describe(similarities: np.ndarray, acceptance: Acceptance) -> str:
+    """The distribution of the best similarities. These differ between models, so without it θ means little."""
     quantiles = np.percentile(similarities, [5, 25, 50, 75, 95])
     shown = ", ".join(f"{share}% {value:.3f}" for share, value in zip((5, 25, 50, 75, 95), quantiles, strict=True))
-    above = (similarities >= similarity_threshold).mean()
-    return (
-        f"Best similarity of {len(similarities)} proposals, quantiles: {shown}; "
-        f"{above:.1%} are at or above θ = {similarity_threshold}"
-    )
+    described = f"Best similarity of {len(similarities)} proposals, quantiles: {shown}"
+    if acceptance.fitted is not None:
+        return described
+    above = (similarities >= acceptance.similarity_threshold).mean()
+    return f"{described}; {above:.1%} are at or above θ = {acceptance.similarity_threshold}"

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from utils.decoding.types import AcceptedChunk, Decode, Generation, text_pieces
+from utils.decoding.types import AcceptedChunk, Detokenize, Generation, text_pieces
 from utils.evaluation.results import (
     BASELINE,
     COUNTS,
@@ -215,7 +215,7 @@ def _quartiles(spread: Mapping[str, float] | None, scale: float, decimals: int) 
 # ---- Text with its chunks marked
 
 
-def format_example(generation: Generation, name: str, decode: Decode, colour: bool = False) -> str:
+def format_example(generation: Generation, name: str, decode: Detokenize, colour: bool = False) -> str:
     """One generation to read: the prompt, then what follows it with its chunks marked."""
     n_prompt, chunks = len(generation.prompt_ids), generation.chunks
     prompt = visible(text_pieces(generation.token_ids, [n_prompt], decode)[0])
@@ -232,7 +232,7 @@ def format_example(generation: Generation, name: str, decode: Decode, colour: bo
 def mark_chunks(
     token_ids: Sequence[int],
     chunks: Sequence[AcceptedChunk],
-    decode: Decode,
+    decode: Detokenize,
     *,
     n_prompt: int = 0,
     colour: bool = False,
@@ -263,7 +263,7 @@ def mark_chunks(
 class TokenStream:
     """Prints a text while it is generated, one prompt after the other, its chunks marked."""
 
-    def __init__(self, stream: TextIO, decode: Decode, colour: bool) -> None:
+    def __init__(self, stream: TextIO, decode: Detokenize, colour: bool) -> None:
         self._stream, self._decode, self._colour = stream, decode, colour
         self._name, self._prompts = "", dict[int, list[int]]()
         self._index, self._token_ids, self._n_shown = -1, list[int](), 0

@@ -6,6 +6,7 @@ of it when they next exchange something.
 """
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -84,7 +85,7 @@ class Ranks:
         try:
             _interruptible(lambda: exchange(dist))
         except RuntimeError as error:
-            message = f"rank {self.rank}: another rank has ended ({str(error).splitlines()[0]})"
+            message = f"rank {self.rank}: another rank has ended ({_reason(error)})"
             raise InputError(f"{message}; see what it printed and run again, it goes on from here") from error
 
     def device(self, name: str) -> str:
@@ -132,8 +133,7 @@ def joined_ranks() -> Iterator[Ranks]:
     try:
         _interruptible(lambda: dist.init_process_group("gloo", timeout=TIMEOUT), notice)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        message = f"{address}: rank {ranks.rank} cannot meet the others there ({reason})"
+        message = f"{address}: rank {ranks.rank} cannot meet the others there ({_reason(error)})"
         raise InputError(f"{message}; check --nnodes, --rdzv_endpoint and the network") from error
     try:
         yield ranks
@@ -150,6 +150,11 @@ def _ranks_of_environment() -> Ranks:
         return Ranks(*(int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     except ValueError as error:
         raise InputError(f"RANK, WORLD_SIZE: expected whole numbers ({error}); start with torchrun") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error of torch's, without the place in gloo's sources and gloo's advice to developers."""
+    return re.sub(r"^\[\S+\] |\. This is typically caused by .*", "", str(error).splitlines()[0])
 
 
 def _interruptible(work: Callable[[], object], notice: str | None = None) -> None:

@@ -1,7 +1,7 @@
 """One page about a run for people to look at: `eval.py --report report.html`.
 
 The page is `report.html`, `report.css` and `report.js` beside this file with the data put in, so it needs no network and
-no server. What comes from models and corpora is only ever data: JSON in which no character can end the element that
+no server. Text from models and corpora is embedded as data only: JSON in which no character can end the element that
 holds it, and the script makes text nodes of it. The page's own policy lets nothing run but that script.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from utils.datastore.provenance import Segment, SourceWindow, find_windows, read_windows, segments_around
 from utils.decoding.acceptance import AcceptanceMap
-from utils.decoding.types import Decode, Generation, StepRecord, TokenTexts
+from utils.decoding.types import Detokenize, Generation, StepRecord, TokenTexts
 from utils.evaluation.report.rescore import RescoredProposal, RescoredText
 from utils.evaluation.results import BASELINE
 from utils.evaluation.summary import figure_rows
@@ -53,6 +53,7 @@ class ReportRun:
     trie_folder: Path | None
 
 
+# Rescores a text of chunk mode.
 Rescore = Callable[[Generation], RescoredText]
 
 
@@ -61,7 +62,7 @@ def write_report(
     run: ReportRun,
     summary: Mapping[str, Any],
     texts: Iterable[tuple[Generation, Generation | None]],
-    decode: Decode,
+    decode: Detokenize,
     rescore: Rescore | None = None,
 ) -> None:
     """Write the page; raises InputError where `path` cannot be written.
@@ -106,7 +107,7 @@ class _Page:
 
     run: ReportRun
     summary: Mapping[str, Any]
-    decode: Decode
+    decode: Detokenize
     rescore: Rescore | None
     rows: dict[tuple[int, int], int] = field(default_factory=dict)  # entry token and row: their place in `chunks`
     chunks: list[RescoredProposal] = field(default_factory=list)

@@ -51,7 +51,7 @@ def rescore(lm: CausalLM, datastore: Datastore, generation: Generation) -> Resco
     if generation.trace is not None:
         records = generation.trace.proposals
     else:
-        records = [ProposalRecord(position, -1, 0.0) for position in _steps(generation)]
+        records = [ProposalRecord(position, -1, 0.0) for position in _search_positions(generation)]
     by_entry: dict[int, list[ProposalRecord]] = {}
     for record in records:
         by_entry.setdefault(generation.token_ids[record.position - 1], []).append(record)
@@ -67,7 +67,7 @@ def rescore(lm: CausalLM, datastore: Datastore, generation: Generation) -> Resco
     return RescoredText(scores.log_probs[0], sorted(found, key=lambda proposal: proposal.record.position))
 
 
-def _steps(generation: Generation) -> list[int]:
+def _search_positions(generation: Generation) -> list[int]:
     """The positions at which there was a search for a proposal: all but those inside a chunk."""
     inside = {chunk.position + ahead for chunk in generation.chunks for ahead in range(1, len(chunk.token_ids))}
     n_prompt = len(generation.prompt_ids)
