@@ -107,6 +107,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gen_baseline_only", action="store_true", help="generate without a datastore, and only that")
     parser.add_argument("--compare_baseline", action="store_true", help="generate with and without, prompt by prompt")
     args = parser.parse_args(argv)
+    args.model_gen = args.model_gen or args.model_ds
     if not (args.prompt_file or args.perplexity_file or args.fit_acceptance):
         parser.error("needs --prompt_file, --perplexity_file or --fit_acceptance")
     if args.fit_acceptance and (args.gen_baseline_only or args.acceptance_map):
@@ -119,7 +120,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.stream and args.batch_size > 1:
         parser.error("--stream prints one text at a time; leave --batch_size at 1")
     if not args.gen_baseline_only:
-        needed = ("token_trie_dir", "dataset_name", "model_ds", "model_gen", "partition", "tok_prob_threshold")
+        needed = ("token_trie_dir", "dataset_name", "model_ds", "partition", "tok_prob_threshold")
         missing = [name.removesuffix("_name") for name in needed if getattr(args, name) is None]
         if missing:
             parser.error(f"needs --{', --'.join(missing)}; or --gen_baseline_only, which reads no datastore")

@@ -86,6 +86,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_excluded_tries(parser)
     add_verify_checksums(parser)
     args = parser.parse_args(argv)
+    args.model_gen = args.model_gen or args.model_ds
     if (args.k is None) != (args.k_interval is None):
         parser.error("--k and --k_interval: give both or neither")
     if args.missing_tokens_file and not args.process_missing_tokens:

@@ -83,7 +83,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=4,
         help="GB of memory for all processes together, with what they load",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.model_gen = args.model_gen or args.model_ds
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,10 +3,12 @@ ends."""
 
 import argparse
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,14 +30,26 @@ class StageParser(Parser):
     """The parser of a stage, which also has --quiet and --verbose and obeys them."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As usual; `given` in the result is the set of the flags, by the names of their values, that were given."""
         verbosity = self.add_mutually_exclusive_group()  # added here, to come last in the help
         verbosity.add_argument("--quiet", action="store_true", help="show results and errors only, no progress bars")
         verbosity.add_argument(
             "--verbose", action="store_true", help="also say what is read and how long each part takes"
         )
-        parsed = super().parse_args(args, namespace)
+        # argparse leaves alone what the namespace has already, so what stays unset was not given.
+        unset, names = object(), [action.dest for action in self._actions if action.dest != "help"]
+        parsed = super().parse_args(args, argparse.Namespace(**dict.fromkeys(names, unset)))
+        parsed.given = {name for name in names if getattr(parsed, name) is not unset}
+        for name in set(names) - parsed.given:
+            setattr(parsed, name, self.get_default(name))
         set_verbosity(quiet=parsed.quiet, verbose=parsed.verbose)
         return parsed
+
+    def refuse_flags(self, parsed: argparse.Namespace, flags: dict[str, str], reason: str) -> None:
+        """Refuse the first of some flags, by the name of its value, that was given although it would do nothing."""
+        for name, flag in flags.items():
+            if name in parsed.given:
+                self.error(f"{flag}: {reason}")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -55,17 +69,41 @@ class Terminated(KeyboardInterrupt):
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main function.
 
-    Unusable input ends in one line on stderr and exit status 2, Ctrl-C in 130, SIGTERM in 143. Bugs keep a traceback.
+    Unusable input ends in one line on stderr and exit status 2, Ctrl-C in 130, SIGTERM in 143, and a reader that closes
+    the pipe (`| head`) in 141, as it ends other programs. Bugs keep a traceback.
     """
     prog = Path(sys.argv[0]).name
+    _prepare_streams()
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered has no reader; Python would complain about it at exit.
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except InputError as error:
         sys.exit(_final_message(prog, f"error: {error}", 2))
     except KeyboardInterrupt as interrupt:
         what, status = ("terminated", 143) if isinstance(interrupt, Terminated) else ("interrupted", 130)
         sys.exit(_final_message(prog, f"{what}; run the same command again and it goes on from here", status))
+
+
+def _prepare_streams() -> None:
+    """Let printing never fail: not on a terminal without γ and θ, and not where cron closed stdout or stderr."""
+    # A file that is opened later must not get the number of a closed stream, which libraries print to.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the process ends)
+        stream = getattr(sys, name)
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _raise_terminated(*_: object) -> NoReturn:
@@ -166,7 +204,9 @@ def add_datastore_labels(parser: Parser, dataset_flag: str, required: bool = Tru
     parser.add_argument(
         "--model_ds", required=required, help="label of the model whose probabilities choose the chunks"
     )
-    parser.add_argument("--model_gen", required=required, help="label of the model whose hidden states index them")
+    parser.add_argument(
+        "--model_gen", help="label of the model whose hidden states index the chunks (default: --model_ds)"
+    )
     parser.add_argument("--partition", required=required, help="label of the split, such as train")
     parser.add_argument(
         "--tok_prob_threshold",

@@ -3,17 +3,23 @@
 A file is written under a temporary name and renamed, so that it is there whole or not at all (`replacing`).
 """
 
+import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, flock, lockf
+from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
+LOGGER = logging.getLogger(__name__)
+# What file systems without locks answer: NFS without a lock daemon, Lustre without -o flock, some FUSE drives.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 # HDF5 hides the system's error number in a message of many lines.
 _ERRNO_OF_HDF5 = re.compile(r"\berrno = (\d+)")
 
@@ -138,7 +144,7 @@ def exclusive_lock(folder: Path, name: str, *, items: range | None = None, wait:
 
     items: lock only these of many items, so that runs on other items may go on at the same time; None: one lock for
     all. wait: wait until another run gives the lock back. Raises InputError where another run holds it, or where the
-    lock file cannot be written.
+    lock file cannot be written. A file system without locks, as some network drives are, is used with a warning.
     """
     path = folder / f".{name}.lock"
     try:
@@ -146,13 +152,35 @@ def exclusive_lock(folder: Path, name: str, *, items: range | None = None, wait:
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
     with file:
-        how = LOCK_EX if wait else LOCK_EX | LOCK_NB
-        try:
-            if items is None:
-                flock(file, how)
-            else:
-                lockf(file, how, len(items), items.start)
-        except (BlockingIOError, PermissionError) as error:
-            message = f"{folder}: another run is writing here; wait for it to end or choose another folder"
-            raise InputError(message) from error
+        if not _lock(file, folder, items, LOCK_EX | LOCK_NB):
+            if not wait:
+                message = f"{folder}: another run is writing here; wait for it to end or choose another folder"
+                raise InputError(message)
+            LOGGER.warning("%s: waiting for another run that is writing here", folder)
+            _lock(file, folder, items, LOCK_EX)
         yield
+
+
+def _lock(file: TextIO, folder: Path, items: range | None, how: int) -> bool:
+    """Whether the lock is held now; False where another run holds it."""
+    try:
+        if items is None:
+            flock(file, how)
+        else:
+            lockf(file, how, len(items), items.start)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warn_of_missing_locks(folder, error.strerror or "")
+    return True
+
+
+@cache
+def warn_of_missing_locks(folder: Path, reason: str) -> None:
+    LOGGER.warning(
+        "%s: its file system has no locks (%s), so nothing stops two runs from writing here at the same time",
+        folder,
+        reason,
+    )

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
-from transformers.utils.hub import cached_file
 
 from utils.files import InputError, file_fingerprint
 from utils.json_io import read_json
+from utils.lm.model import ModelSource, fetch_file, find_source
 from utils.workers import n_cores
 
 # What a config says that the forward pass does not depend on: where the model is from, which tokens are special, how
@@ -21,7 +21,7 @@ NOT_OF_THE_FORWARD_PASS = {
     *("_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "task_specific_params", "id2label", "label2id"),
 }
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # The hub's cache names a large file's blob by the SHA-256 of its content.
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}")
 # Text for which tokenizers that differ give different ids: spaces, digits, scripts, bytes, control characters.
@@ -42,10 +42,13 @@ def model_fingerprint(model_path: str, cache_dir: Path | None = None) -> str:
     for each GB and core where the cache of the hub does not know the digests already. Of the config counts what the
     forward pass is made of; another end-of-text token, say, leaves hidden states as they are.
     """
-    files = [*_weight_files(model_path, cache_dir), *_adapter_files(model_path)]
+    source = find_source(model_path, cache_dir)
+    if source.gguf is not None:  # which has the config in it
+        return hashlib.sha256(_content_digest(source.gguf).encode()).hexdigest()
+    files = [*_weight_files(source.base, cache_dir), *_adapter_files(source, cache_dir)]
     with ThreadPoolExecutor(n_cores()) as threads:
         digests = list(threads.map(_content_digest, files))
-    config_path = _fetch(model_path, CONFIG_NAME, cache_dir)
+    config_path = fetch_file(source.base, CONFIG_NAME, cache_dir)
     config = read_json(config_path) if config_path else None
     if not isinstance(config, dict):
         raise InputError(f"{model_path}: no model config can be loaded; copy the model anew")
@@ -61,20 +64,24 @@ def _content_digest(path: Path) -> str:
     return file_fingerprint(path)
 
 
-def _adapter_files(model_path: str) -> list[Path]:
-    """Of an adapter that lies beside the weights and is loaded with them."""
-    return [path for name in ADAPTER_FILES if (path := Path(model_path, name)).is_file()]
+def _adapter_files(source: ModelSource, cache_dir: Path | None) -> Iterator[Path]:
+    """Those of the adapter that is loaded with the weights, where there is one."""
+    if source.adapter_config is not None:
+        yield source.adapter_config
+        for name in ADAPTER_WEIGHTS:
+            if found := fetch_file(source.weights, name, cache_dir):
+                yield found
 
 
 def _weight_files(model_path: str, cache_dir: Path | None) -> Iterator[Path]:
     """The weight files in the order of their names, as `from_pretrained` chooses them."""
     for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        if found := _fetch(model_path, single, cache_dir):
+        if found := fetch_file(model_path, single, cache_dir):
             yield found
             return
-        if found := _fetch(model_path, index, cache_dir):
+        if found := fetch_file(model_path, index, cache_dir):
             for name in _shard_names(found):
-                shard = _fetch(model_path, name, cache_dir)
+                shard = fetch_file(model_path, name, cache_dir)
                 if shard is None:
                     raise InputError(f"{model_path}: {name} is missing, a part of its weights; copy the model anew")
                 yield shard
@@ -87,9 +94,3 @@ def _shard_names(index: Path) -> list[str]:
         return sorted(set(read_json(index)["weight_map"].values()))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: lists no weight files; copy the model anew") from error
-
-
-def _fetch(model_path: str, name: str, cache_dir: Path | None) -> Path | None:
-    """A file of a model, from the hub where it is not here yet; None where the model has none of the name."""
-    found = cached_file(model_path, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
-    return Path(found) if found else None

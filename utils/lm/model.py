@@ -7,14 +7,18 @@ The context vector of a position is what the LM head reads there: the last layer
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
+from threading import get_ident
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, StrictDataclassError
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,36 +30,39 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import Cache
+from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from utils.files import InputError
+from utils.json_io import read_json
 from utils.progress import phase
+
+# Others lack what decoding needs: mps has no float64, meta computes nothing.
+DEVICE_TYPES = ("cpu", "cuda")
+GGUF_NEEDS = ("gguf", "accelerate")
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class CausalLM:
-    """A causal LM in evaluation mode on its device, and what its config says."""
+    """A causal LM on its device, and what its config says. It leaves nothing on the model between two calls."""
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
-        self.model, self.name = model.eval(), name
+        self.model, self.name = model, name
         self.n_positions = max_positions(model.config)
         parameters = inspect.signature(model.forward).parameters
         self._slices_logits = "logits_to_keep" in parameters
         # transformers 5.24 renames the keyword, and warns about the old name.
         self._cache_keyword = "cache" if "cache" in parameters else "past_key_values"
-        self._head_inputs: list[Tensor] = []
-        self._is_reading = False  # the model may be used without this object, which then records nothing
-        self._n_logits = 0  # of how many last positions the head computes logits; 0: of all it is given
-        head = model.get_output_embeddings()
-        # Not the config's: some models (OPT 350M) project down before the head.
-        self.hidden_size: int = head.weight.shape[-1]
-        head.register_forward_pre_hook(self._before_head)
 
-    def _before_head(self, _: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self._is_reading:
-            self._head_inputs.append(inputs[0])
-        if not self._n_logits or inputs[0].ndim < 3:
-            return None
-        return inputs[0][:, -self._n_logits :], *inputs[1:]
+    @cached_property
+    def hidden_size(self) -> int:
+        """D of the LM head's input. Not always the config's: some models (OPT 350M) project down before the head."""
+        in_features = getattr(self.model.get_output_embeddings(), "in_features", None)
+        if isinstance(in_features, int):
+            return in_features
+        with torch.inference_mode():
+            hidden_states, _ = self.forward(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+        return hidden_states.shape[-1]
 
     @property
     def device(self) -> torch.device:
@@ -84,13 +91,9 @@ class CausalLM:
             kwargs[self._cache_keyword] = cache
         if self._slices_logits:
             kwargs["logits_to_keep"] = 0 if all_hidden else logits_to_keep
-        self._is_reading, self._n_logits = True, logits_to_keep if all_hidden else 0
-        self._head_inputs.clear()
-        try:
+        with _head_input(self.model, logits_to_keep if all_hidden else 0) as head_inputs:
             logits = self.model(input_ids=input_ids, use_cache=cache is not None, **kwargs).logits
-        finally:
-            self._is_reading, self._n_logits = False, 0
-        hidden_states = self._head_inputs.pop().view(len(input_ids), -1, self.hidden_size)
+        hidden_states = head_inputs[-1].view(len(input_ids), -1, head_inputs[-1].shape[-1])
         if logits_to_keep and not all_hidden:
             hidden_states = hidden_states[:, -logits_to_keep:]
         if logits_to_keep:
@@ -98,8 +101,104 @@ class CausalLM:
         return hidden_states, logits
 
 
+@contextmanager
+def _head_input(model: PreTrainedModel, n_logits: int) -> Iterator[list[Tensor]]:
+    """The inputs of the LM head while the block runs, in this thread alone; other threads may use the model meanwhile.
+
+    n_logits: give the head only so many last positions to compute; 0: all.
+    """
+    found: list[Tensor] = []
+    thread = get_ident()
+
+    def before_head(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if get_ident() != thread:
+            return None
+        found.append(inputs[0])
+        if not n_logits or inputs[0].ndim < 3:
+            return None
+        return inputs[0][:, -n_logits:], *inputs[1:]
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(before_head)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
 def dtype_name(lm: CausalLM) -> str:
     return str(lm.dtype).removeprefix("torch.")
+
+
+# ---- Where a model is
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What `from_pretrained` is called with for the parts of a model, which are in one place but for adapters."""
+
+    base: str  # config and weights; an adapter's are those of the model that it was trained on
+    weights: str  # the adapter's folder where there is one, since its base is loaded with it
+    tokenizer: str
+    keywords: dict[str, str]  # gguf_file
+    adapter_config: Path | None = None  # of a peft adapter
+
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF file that has config, weights and tokenizer."""
+        return Path(self.base, self.keywords["gguf_file"]) if self.keywords else None
+
+
+def find_source(model_path: str, cache_dir: Path | None = None) -> ModelSource:
+    """Where the parts of a model are: a folder, a hub name, a GGUF file, or an adapter of `peft` with or without its base.
+
+    Raises InputError where the path is no such thing, or needs a package that is not installed.
+    """
+    path = Path(model_path)
+    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / CONFIG_NAME).exists() else []
+    if path.is_file() and path.suffix == ".gguf":
+        files = [path]
+    if len(files) > 1:
+        raise InputError(f"{model_path}: holds {len(files)} GGUF files; give one of them, such as {files[0]}")
+    if files:
+        _require_packages(f"{files[0]}: a GGUF file", GGUF_NEEDS)
+        folder = str(files[0].parent)
+        return ModelSource(folder, folder, folder, {"gguf_file": files[0].name})
+    _require_model_folder(model_path)
+    adapter_config = fetch_file(model_path, ADAPTER_CONFIG, cache_dir)
+    if adapter_config is None:
+        return ModelSource(model_path, model_path, model_path, {})
+    _require_packages(f"{model_path}: an adapter", ("peft",))
+    base = model_path
+    if fetch_file(model_path, CONFIG_NAME, cache_dir) is None:
+        settings = read_json(adapter_config)
+        named = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+        if not isinstance(named, str) or not named:
+            raise InputError(f"{adapter_config}: names no base_model_name_or_path; add it, or merge the adapter")
+        _require_model_folder(named)
+        base = named
+    has_tokenizer = fetch_file(model_path, "tokenizer_config.json", cache_dir) is not None
+    return ModelSource(base, model_path, model_path if has_tokenizer else base, {}, adapter_config)
+
+
+def fetch_file(model_path: str, name: str, cache_dir: Path | None) -> Path | None:
+    """A file of a model, from the hub where it is not here yet; None where the model has none of the name."""
+    folder = Path(model_path)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    try:
+        return Path(hf_hub_download(model_path, name, cache_dir=cache_dir))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        # Where the repository cannot be reached at all, loading the model says so.
+        return None
+
+
+def _require_packages(what: str, packages: tuple[str, ...]) -> None:
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise InputError(f"{what}, which needs {' and '.join(missing)}; pip install {' '.join(missing)}")
+
+
+def _package_missing(model_path: str, error: ImportError) -> InputError:
+    return InputError(f"{model_path}: needs a package that is not installed ({_first_line(error)}); install it")
 
 
 # ---- Tokenizer and config
@@ -107,10 +206,10 @@ def dtype_name(lm: CausalLM) -> str:
 
 def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; raises InputError where the folder or the hub has none."""
-    _require_model_folder(model_path)
+    source = find_source(model_path, cache_dir)
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(model_path, cache_dir=cache_dir)
+            tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, cache_dir=cache_dir, **source.keywords)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise InputError(f"{model_path}: no tokenizer can be loaded ({_first_line(error)}); add its files") from error
     except Exception as error:
@@ -126,10 +225,12 @@ def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrained
 
 def load_config(model_path: str, cache_dir: Path | None = None) -> Any:
     """The model's config, without its weights; raises InputError where there is none or it is no causal LM's."""
-    _require_model_folder(model_path)
+    source = find_source(model_path, cache_dir)
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(model_path, cache_dir=cache_dir)
+            config = AutoConfig.from_pretrained(source.base, cache_dir=cache_dir, **source.keywords)
+    except ImportError as error:
+        raise _package_missing(model_path, error) from error
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise InputError(f"{model_path}: no model config can be loaded ({_first_line(error)})") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
@@ -178,7 +279,9 @@ def pick_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name}: not to be had here ({reason}); use cpu or leave the flag out") from error
+        raise InputError(f"--device {name}: not available here ({reason}); use cpu or leave the flag out") from error
+    if device.type not in DEVICE_TYPES:
+        raise InputError(f"--device {name}: is not supported; use {' or '.join(DEVICE_TYPES)}")
     return device
 
 
@@ -198,11 +301,13 @@ def load_lm(
     where = pick_device(device)
     if device_map is not None and find_spec("accelerate") is None:
         raise InputError(f"--device_map {device_map}: needs the package accelerate; pip install accelerate")
+    source = find_source(model_path, cache_dir)
     weights_dtype = ("float32" if where.type == "cpu" else "auto") if dtype == "auto" else dtype
     try:
         with phase(f"loading {model_path} in {weights_dtype} onto {where}"), _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                model_path,
+                source.weights,
+                **source.keywords,
                 config=config,
                 dtype=weights_dtype,
                 cache_dir=cache_dir,
@@ -210,6 +315,10 @@ def load_lm(
                 output_loading_info=True,
             )
             model, report = loaded
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{model_path}: does not fit into the memory of {where}; give another --device") from error
+    except ImportError as error:
+        raise _package_missing(model_path, error) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(
             f"{model_path}: no weights can be loaded ({_first_line(error)}); copy the model anew"
@@ -224,7 +333,7 @@ def load_lm(
         raise InputError(
             f"{model_path}: {len(missing)} weights are missing, {missing[0]} the first; copy the model anew"
         )
-    lm = CausalLM(model.to(where) if device_map is None else model, model_path)
+    lm = CausalLM((model.to(where) if device_map is None else model).eval(), model_path)
     _require_causal(lm)
     return lm
 
