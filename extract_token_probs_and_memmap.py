@@ -44,6 +44,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="shorter passages are left out, in tokens; 1 keeps all, as short texts with expert spans need",
     )
     parser.add_argument(
+        "--no_bos",
+        action="store_true",
+        help="read windows without BOS, as the authors do, where the tokenizer puts it before prompts",
+    )
+    parser.add_argument(
         "--batch_size",
         type=POSITIVE_INT,
         help="windows of one forward pass (default: what an earlier run took, else on a CPU 2048 tokens, on a GPU 32768 "
@@ -99,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     with joined_ranks() as ranks:
         with ranks.quiet_but_first():
             args = parse_args(argv)
-            windows = WindowShape(args.chunk_size, args.stride, args.min_length)
+            windows = WindowShape(args.chunk_size, args.stride, args.min_length, not args.no_bos)
             ranks.refuse_flags({"--shard": args.shard is not None, "--merge_only": args.merge_only})
         # Imported late: torch takes seconds, and wrong flags are answered before.
         from utils.extraction.run import run_extraction

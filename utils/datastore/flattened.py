@@ -76,39 +76,66 @@ def flatten(trie_folder: Path, reprocess: bool, verify: bool, max_bytes: int) ->
     reprocess False: nothing is made, and InputError raised where a pickle is missing or of another datastore. verify:
     read all files that are used, and raise InputError where one is not as it was written. max_bytes: of memory.
     """
-    folder, path = trie_folder / FOLDER, trie_folder / FOLDER / MANIFEST
+    n_rows = _read_flattened(trie_folder, reprocess, verify)
+    if n_rows is not None:
+        return n_rows
+    # Two commands may need the same datastore at once: the second waits, and finds it flattened.
+    with exclusive_lock(make_folder(trie_folder), "flattening", wait=True):
+        n_rows = _read_flattened(trie_folder, reprocess, verify)
+        return _make_flattened(trie_folder, verify, max_bytes) if n_rows is None else n_rows
+
+
+def _made_from(trie_folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arguments and inputs of the manifest."""
     inputs = {name: file_fingerprint(trie_folder / name) for name in (MANIFEST, HIDDEN_STATES_MANIFEST)}
-    arguments = {"format": FORMAT}
-    found = read_manifest(path, FLATTENING_STAGE) if path.exists() else None
-    is_current = found is not None and (found.arguments, found.inputs) == (arguments, inputs)
-    if found is not None and is_current and found.complete:
+    return {"format": FORMAT}, inputs
+
+
+def _is_current(path: Path, trie_folder: Path) -> bool:
+    if not path.exists():
+        return False
+    found = read_manifest(path, FLATTENING_STAGE)
+    return (found.arguments, found.inputs) == _made_from(trie_folder)
+
+
+def _read_flattened(trie_folder: Path, reprocess: bool, verify: bool) -> dict[int, int] | None:
+    """The rows of each entry token's trie where all pickles are there; None where some are to be made.
+
+    Raises InputError where that is so without `reprocess`, or where a pickle is not as it was written.
+    """
+    folder, path = trie_folder / FOLDER, trie_folder / FOLDER / MANIFEST
+    is_current = _is_current(path, trie_folder)
+    if is_current and (found := read_manifest(path, FLATTENING_STAGE)).complete:
         n_rows = _rows_by_token(path, found)
         pickles = [pickle_path(folder, token_id) for token_id in n_rows]
         # A missing pickle is made again where that is allowed; one that was changed has to be deleted first.
         if not reprocess or all(pickle.exists() for pickle in pickles):
             require_as_written(path, found, pickles, verify=verify)
             return n_rows
-    if not reprocess:
-        are_others = path.exists() and not is_current
-        reason = "were made from another datastore or by an older version" if are_others else "are not all there"
-        raise InputError(f"{folder}: the flattened tries {reason}; leave out --no_reprocessing once")
-    make_folder(trie_folder)
-    with exclusive_lock(trie_folder, "flattening"):
-        if not is_current:
-            remove_folder(folder)
-        manifest = begin_stage(make_folder(folder) / MANIFEST, FLATTENING_STAGE, arguments, inputs)
-        token_ids = datastore_token_ids(trie_folder)
-        _require_tries_as_written(trie_folder, token_ids, verify)
-        done: dict[int, Flattened] = {}
-        bar = ProgressBar(total=len(token_ids), desc="flattening token tries", unit="trie", disable=not token_ids)
-        with bar:
-            for flattened in write_flattened(trie_folder, folder, token_ids, max_bytes):
-                done |= flattened
-                bar.update(len(flattened))
-        sums = {pickle_path(folder, token).name: one.sum for token, one in done.items() if one.sum}
-        files = list_files(path, [pickle_path(folder, token_id) for token_id in token_ids], sums)
-        finish_stage(path, manifest, {"rows": {str(token_id): done[token_id].n_rows for token_id in token_ids}}, files)
-        return _rows_by_token(path, manifest)
+    if reprocess:
+        return None
+    are_others = path.exists() and not is_current
+    reason = "were made from another datastore or by an older version" if are_others else "are not all there"
+    raise InputError(f"{folder}: the flattened tries {reason}; leave out --no_reprocessing once")
+
+
+def _make_flattened(trie_folder: Path, verify: bool, max_bytes: int) -> dict[int, int]:
+    folder, path = trie_folder / FOLDER, trie_folder / FOLDER / MANIFEST
+    if not _is_current(path, trie_folder):
+        remove_folder(folder)
+    manifest = begin_stage(make_folder(folder) / MANIFEST, FLATTENING_STAGE, *_made_from(trie_folder))
+    token_ids = datastore_token_ids(trie_folder)
+    _require_tries_as_written(trie_folder, token_ids, verify)
+    done: dict[int, Flattened] = {}
+    bar = ProgressBar(total=len(token_ids), desc="flattening token tries", unit="trie", disable=not token_ids)
+    with bar:
+        for flattened in write_flattened(trie_folder, folder, token_ids, max_bytes):
+            done |= flattened
+            bar.update(len(flattened))
+    sums = {pickle_path(folder, token).name: one.sum for token, one in done.items() if one.sum}
+    files = list_files(path, [pickle_path(folder, token_id) for token_id in token_ids], sums)
+    finish_stage(path, manifest, {"rows": {str(token_id): done[token_id].n_rows for token_id in token_ids}}, files)
+    return _rows_by_token(path, manifest)
 
 
 def _require_tries_as_written(trie_folder: Path, token_ids: list[int], verify: bool) -> None:

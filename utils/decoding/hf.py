@@ -1,54 +1,44 @@
 """The decode loop inside `generate` of transformers: `model.generate(…, custom_generate=chunk_generate, datastore=…)`.
 
 It honours what `generate` prepares: logits processors (for every token drawn from the LM), stopping criteria, lengths
-and padding. Random numbers follow `torch.manual_seed`.
+and padding. A processor is called for one sequence at a time, with what `generate` would call it with: the ids of all
+rows with the padding on the left, of which the row in question is right, and its result is taken from that row. Random
+numbers follow `torch.manual_seed`. The model stays as it was, also where it is in training mode.
 """
 
-from copy import copy
-from typing import Any, Literal
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
-    MinPLogitsWarper,
     PreTrainedModel,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
 
 from utils.datastore.store import Datastore
 from utils.decoding.acceptance import Acceptance, Policy
 from utils.decoding.draft import DraftSettings, RetrievalDrafter
 from utils.decoding.draft_policy import DraftPolicy
 from utils.decoding.loop import Decoding, decode
-from utils.decoding.retriever import Retriever
+from utils.decoding.retriever import Proposal, Retriever
 from utils.decoding.types import Request
 from utils.lm.model import CausalLM, eos_token_ids
-from utils.lm.sampling import Sampler
+from utils.lm.sampling import READ_LOGITS_ALONE, Process, Sampler, run_processors
 
-# Processors that read nothing but the logits, so that all nodes of a draft can be processed at once.
-BLIND_TO_TEXT = (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
-# The model's hook holds the CausalLM, which holds the model; a reference from here would keep both for good.
-_WRAPPED: WeakKeyDictionary[PreTrainedModel, ReferenceType[CausalLM]] = WeakKeyDictionary()
+DecodingMode = Literal["chunk", "verify"]
+# They keep a state that goes with `generate`'s own steps.
+STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
+NOT_RETURNED = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
 
 
 def chunk_generate(
@@ -58,22 +48,28 @@ def chunk_generate(
     stopping_criteria: StoppingCriteriaList | None = None,
     generation_config: GenerationConfig | None = None,
     datastore: Datastore | None = None,
-    decoding: Literal["chunk", "verify"] = "chunk",
+    decoding: DecodingMode = "chunk",
     similarity_threshold: float = 0.5,
     acceptance: Policy = "threshold",
     draft_settings: DraftSettings | None = None,
+    text_streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Token ids (B, longest), the prompts' first, padded on the right; give it to `generate` as `custom_generate`.
 
     input_ids (B, T) int64, padded on the left where the attention mask is 0. datastore: as `open_datastore` returns it;
     None generates plain text. `chunk` emits what is retrieved from similarity_threshold θ on; `verify` lets the LM
-    confirm drafts, so that the text is the LM's own. Raises ValueError for beam search and for a prompt that with its
-    new tokens does not fit the model's positions.
+    confirm drafts, so that the text is the LM's own. text_streamer: a streamer of transformers, for one prompt; `generate`
+    itself passes none on under the name `streamer`. Raises ValueError for what cannot be honoured: beams, scores and the
+    like to return, `inputs_embeds`, processors with a state of their own; and for a prompt that with its new tokens does
+    not fit the model's positions.
     """
     config = generation_config or model.generation_config
-    _require_supported(config)
-    lm = _wrapped(model)
+    processors = logits_processor or LogitsProcessorList()
+    _require_supported(config, processors, model_kwargs, decoding, acceptance, similarity_threshold)
+    if text_streamer is not None and len(input_ids) > 1:
+        raise ValueError(f"text_streamer prints one text, not {len(input_ids)}; give one prompt at a time")
+    lm = CausalLM(model, model.name_or_path or type(model).__name__)
     if datastore is not None and datastore.n_rows and datastore.hidden_size != lm.hidden_size:
         raise ValueError(f"the datastore's vectors have size {datastore.hidden_size}, the model's {lm.hidden_size}")
     # Were it a parameter, `generate` would pass it twice.
@@ -87,36 +83,65 @@ def chunk_generate(
         drafter = RetrievalDrafter(datastore, draft_settings or DraftSettings())
     elif datastore is not None:
         retriever = Retriever(datastore, Acceptance(similarity_threshold, acceptance))
+    padded = _Padded(input_ids, prompts)
     loop = Decoding(
-        sampler=_sampler(logits_processor or LogitsProcessorList(), config),
+        sampler=_sampler(processors, config, padded),
         eos_token_ids=eos_token_ids(config),
         retriever=retriever,
         drafter=drafter,
         draft_policy=DraftPolicy() if drafter is not None else None,
         batch_size=len(requests),
-        stops=_stops(stopping_criteria, input_ids),
+        stops=_stops(stopping_criteria, padded),
+        on_tokens=_streaming(text_streamer, input_ids),
     )
-    new = {generation.index: generation.new_token_ids for generation in decode(lm, requests, loop)}
-    sequences: Any = _padded(input_ids, [new[index] for index in range(len(prompts))], config)
+    with _in_evaluation_mode(model):
+        new = {generation.index: generation.new_token_ids for generation in decode(lm, requests, loop)}
+    if text_streamer is not None:
+        text_streamer.end()
+    sequences: Any = _padded_on_the_right(input_ids, [new[index] for index in range(len(prompts))], config)
     return GenerateDecoderOnlyOutput(sequences=sequences) if config.return_dict_in_generate else sequences
 
 
-def _require_supported(config: GenerationConfig) -> None:
+def _require_supported(
+    config: GenerationConfig,
+    processors: LogitsProcessorList,
+    model_kwargs: dict[str, Any],
+    decoding: str,
+    acceptance: str,
+    similarity_threshold: float,
+) -> None:
     if (config.num_beams or 1) > 1:
         raise ValueError(
             f"num_beams is {config.num_beams}; chunks and drafts are decoded without beams, so leave it at 1"
         )
-    if config.return_dict_in_generate and (config.output_scores or config.output_logits or config.output_hidden_states):
-        raise ValueError("scores, logits and hidden states are not returned; ask for the sequences alone")
+    for name in NOT_RETURNED:
+        if config.return_dict_in_generate and getattr(config, name, None):
+            raise ValueError(f"{name} is set, but only the sequences are returned; leave it out")
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds has no token ids to look chunks up with; give input_ids")
+    for processor in processors:
+        if isinstance(processor, STATEFUL):
+            raise ValueError(f"{type(processor).__name__} keeps a state that goes with one token a step; leave it out")
+    for name, value, expected in (
+        ("decoding", decoding, get_args(DecodingMode)),
+        ("acceptance", acceptance, get_args(Policy)),
+    ):
+        if value not in expected:
+            raise ValueError(f"{name} is {value!r}; expected {' or '.join(map(repr, expected))}")
+    if not -1 <= similarity_threshold <= 1:
+        raise ValueError(f"similarity_threshold is {similarity_threshold}; expected a cosine similarity in [-1, 1]")
 
 
-def _wrapped(model: PreTrainedModel) -> CausalLM:
-    found = _WRAPPED.get(model)
-    lm = None if found is None else found()
-    if lm is None:
-        lm = CausalLM(model, model.name_or_path or type(model).__name__)
-        _WRAPPED[model] = ref(lm)
-    return lm
+@contextmanager
+def _in_evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout while the block runs; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _without_padding(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
@@ -125,33 +150,53 @@ def _without_padding(input_ids: Tensor, attention_mask: Tensor | None) -> list[l
     return [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
 
 
-def _sampler(processors: LogitsProcessorList, config: GenerationConfig) -> Sampler:
-    reads_text = not all(isinstance(processor, BLIND_TO_TEXT) for processor in processors)
-    processors = LogitsProcessorList(_without_padding_lengths(processor) for processor in processors)
-    return Sampler(processors, greedy=not config.do_sample, reads_text=reads_text)
+class _Padded:
+    """The texts as `generate` has them: (B, T + new tokens) ids with the prompts' padding on the left."""
+
+    def __init__(self, input_ids: Tensor, prompts: list[list[int]]) -> None:
+        self._input_ids, self._n_prompt = input_ids, [len(prompt) for prompt in prompts]
+
+    def rows(self, row: int, token_ids: list[int]) -> Tensor:
+        """All rows, each with the text of one of them, whose ids without padding these are."""
+        new = self._input_ids.new_tensor([token_ids[self._n_prompt[row] :]])
+        return torch.cat([self._input_ids[row : row + 1], new], dim=1).expand(len(self._input_ids), -1)
 
 
-def _without_padding_lengths(processor: Any) -> Any:
-    """The repetition penalty knows each row's padding from `generate`; the texts here have none."""
-    if not isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):
-        return processor
-    processor = copy(processor)
-    processor.prompt_ignore_length = None
-    return processor
+def _sampler(processors: LogitsProcessorList, config: GenerationConfig, padded: _Padded) -> Sampler:
+    if all(isinstance(processor, READ_LOGITS_ALONE) for processor in processors):
+        return Sampler(processors, greedy=not config.do_sample)
+
+    def process(row: int, token_ids: list[int], logits: Tensor) -> Tensor:
+        input_ids = padded.rows(row, token_ids)
+        # A copy: processors may write into what they are given.
+        return run_processors(processors, input_ids, logits.repeat(len(input_ids), 1))[row : row + 1]
+
+    found: Process = process
+    return Sampler(LogitsProcessorList(), greedy=not config.do_sample, process=found)
 
 
-def _stops(criteria: StoppingCriteriaList | None, input_ids: Tensor) -> Any:
-    """A function that tells whether a text ends, by the criteria that the loop does not check itself; None: there are none."""
+def _stops(criteria: StoppingCriteriaList | None, padded: _Padded) -> Callable[[int, list[int]], bool] | None:
+    """A function that tells whether a text ends, by the criteria that the loop does not check itself; None: there are
+    none."""
     others = StoppingCriteriaList(
         each for each in criteria or () if not isinstance(each, MaxLengthCriteria | EosTokenCriteria)
     )
     if not others:
         return None
     no_scores: Any = None
-    return lambda token_ids: bool(others(input_ids.new_tensor([token_ids]), no_scores).all())
+    return lambda row, token_ids: bool(others(padded.rows(row, token_ids), no_scores)[row])
 
 
-def _padded(input_ids: Tensor, new: list[list[int]], config: GenerationConfig) -> Tensor:
+def _streaming(
+    streamer: BaseStreamer | None, input_ids: Tensor
+) -> Callable[[int, list[int], Proposal | None], None] | None:
+    if streamer is None:
+        return None
+    streamer.put(input_ids.cpu())
+    return lambda _, token_ids, __: streamer.put(torch.tensor(token_ids))
+
+
+def _padded_on_the_right(input_ids: Tensor, new: list[list[int]], config: GenerationConfig) -> Tensor:
     pad = config.pad_token_id
     if pad is None:
         pad = min(eos_token_ids(config), default=0)

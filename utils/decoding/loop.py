@@ -31,9 +31,10 @@ from utils.decoding.types import (
     StepRecord,
     Trace,
 )
+from utils.files import InputError
 from utils.lm.kv_cache import Block, KVCache, make_kv_cache
 from utils.lm.model import CausalLM, to_host
-from utils.lm.sampling import ACCEPTANCE_STREAM, TOKEN_STREAM, Sampler, uniforms
+from utils.lm.sampling import ACCEPTANCE_STREAM, NO_DISTRIBUTION, TOKEN_STREAM, Sampler, uniforms
 
 # Slots that a draft may take beyond the text.
 MAX_DRAFT_TOKENS = 256
@@ -43,8 +44,8 @@ MAX_DRAFT_TOKENS = 256
 class Decoding:
     """How to generate: chunks from a retriever, verified drafts from a drafter, or plain text with neither.
 
-    on_tokens(index, token ids, chunk or None) is called with what each step appends. stops(token ids) is called after
-    every new token, with the prompt's tokens first, and returns whether the text ends with it.
+    on_tokens(index, token ids, chunk or None) is called with what each step appends. stops(index, token ids) is called
+    after every new token, with the prompt's tokens first, and returns whether the text ends with it.
     """
 
     sampler: Sampler
@@ -55,7 +56,7 @@ class Decoding:
     draft_policy: DraftPolicy | None = None  # None: every draft is verified whole
     cache: KVCache | None = None  # one to reuse, whose rows take the place of batch_size; None: `decode` makes one
     on_tokens: Callable[[int, list[int], Proposal | None], None] | None = None
-    stops: Callable[[list[int]], bool] | None = None
+    stops: Callable[[int, list[int]], bool] | None = None
     # Compute everything a step may need and copy it to the host at once, instead of waiting for the device for each
     # thing that it does need; None: on CUDA only.
     prefetch_all: bool | None = None
@@ -111,6 +112,7 @@ class _Sequence:
     def take_drawn(self) -> int:
         token_id, self.drawn = self.drawn, None
         assert token_id is not None
+        _require_token(token_id, self.request)
         return token_id
 
 
@@ -159,6 +161,12 @@ def _require_room(lm: CausalLM, request: Request) -> None:
     n_tokens = len(request.prompt_ids) + request.max_new_tokens
     if lm.n_positions is not None and n_tokens > lm.n_positions:
         raise ValueError(f"prompt {request.index} and its new tokens are {n_tokens}, {lm.name} reads {lm.n_positions}")
+
+
+def _require_token(token_id: int, request: Request) -> None:
+    if token_id == NO_DISTRIBUTION:
+        message = f"prompt {request.index}: the model computed NaN, or ruled out every token"
+        raise InputError(f"{message}; use another --dtype, such as float32, or another --temperature")
 
 
 class _Loop:
@@ -282,7 +290,9 @@ class _Loop:
         """(n,) int64: the next tokens, drawn from the LM."""
         logits = sequences[0].logits[None] if len(sequences) == 1 else torch.stack([s.logits for s in sequences])
         drawn_at = [sequence.token_uniforms[sequence.n_new] for sequence in sequences]
-        return self._decoding.sampler.tokens(logits, drawn_at, lambda i: sequences[i].token_ids)
+        return self._decoding.sampler.tokens(
+            logits, drawn_at, lambda i: (sequences[i].request.index, sequences[i].token_ids)
+        )
 
     def _append(self, sequence: _Sequence, token_ids: list[int], chunk: Proposal | None) -> None:
         """Append tokens to the text, up to the first that ends it."""
@@ -303,7 +313,7 @@ class _Loop:
         return (
             sequence.n_new == sequence.request.max_new_tokens
             or sequence.token_ids[-1] in decoding.eos_token_ids
-            or (decoding.stops is not None and decoding.stops(sequence.token_ids))
+            or (decoding.stops is not None and decoding.stops(sequence.request.index, sequence.token_ids))
         )
 
     def _take_ended(self) -> list[_Sequence]:
@@ -404,6 +414,7 @@ class _Loop:
             tokens_after = [known[node] for node in reached] if known else tokens_at(reached).tolist()
             going_on = []
             for (row, node), token_id in zip(reached, tokens_after, strict=True):
+                _require_token(token_id, self.sequences[row].request)
                 drawn[row] = token_id
                 if (child := children[row].get((node, token_id))) is not None:
                     paths[row].append(child)
@@ -422,12 +433,13 @@ class _Loop:
         ]
         drawn_at = [sequences[row].token_uniforms[place] for (row, _), place in zip(nodes, places, strict=True)]
 
-        def prefix(i: int) -> list[int]:
+        def context(i: int) -> tuple[int, list[int]]:
             row, node = nodes[i]
-            return sequences[row].token_ids[:-1] + blocks[row].path_to(node)
+            sequence = sequences[row]
+            return sequence.request.index, sequence.token_ids[:-1] + blocks[row].path_to(node)
 
         at_nodes = torch.cat(logits) if self._prefetch_all else torch.stack([logits[row][node] for row, node in nodes])
-        return self._decoding.sampler.tokens(at_nodes, drawn_at, prefix)
+        return self._decoding.sampler.tokens(at_nodes, drawn_at, context)
 
     def _accept(self, sequence: _Sequence, block: Block, path: list[int]) -> list[int]:
         """Append the drafted tokens of the path; returns the path up to the end of the text."""

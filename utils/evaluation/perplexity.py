@@ -30,6 +30,8 @@ PERPLEXITY = "perplexity.json"
 # Hidden states kept until their proposals are looked up together: 512 MB.
 HIDDEN_NUMBERS_AT_ONCE = 2**27
 N_RESAMPLES = 2000
+# Counts of windows drawn at a time: 32 MB.
+RESAMPLED_NUMBERS = 2**22
 
 
 # ---- A text file
@@ -69,13 +71,13 @@ def plan_text(
 
     folder: for a temporary file. Raises InputError where the file holds no passages or none is long enough.
     """
-    plan = plan_windows(read_passages(path), tokenizer, shape, folder)
+    plan = plan_windows(read_passages(path), tokenizer, shape, folder, counts_bytes=True)
+    assert plan.n_bytes is not None
     # A window of one token predicts nothing.
     kept = np.flatnonzero(plan.lengths > 1)[:max_windows]
-    plan = replace(plan, starts=plan.starts[kept], lengths=plan.lengths[kept])
-    texts = (tokenizer.decode(plan.token_ids(window)[1:]) for window in range(plan.n_windows))
-    n_bytes = sum(len(str(text).encode()) for text in texts)
-    return plan, TextSize(plan.n_tokens - plan.n_windows, n_bytes)
+    n_bytes = plan.n_bytes[kept]
+    plan = replace(plan, starts=plan.starts[kept], lengths=plan.lengths[kept], n_bytes=n_bytes)
+    return plan, TextSize(plan.n_tokens - plan.n_windows, max(int(n_bytes.sum()), 1))
 
 
 def fit_maps(path: Path, proposals: Proposals, q_max: float) -> tuple[AcceptanceMap, float]:
@@ -179,7 +181,7 @@ def read_positions(lm: CausalLM, plan: WindowPlan, batch_size: int) -> Iterator[
     with ProgressBar(total=plan.n_tokens, desc="reading windows", unit="tok", unit_scale=True) as bar:
         for windows in plan_batches(plan.lengths, batch_size):
             token_ids = plan.batch_token_ids(windows)
-            scores = score_windows(lm, token_ids, np.dtype(np.float32))
+            scores = score_windows(lm, token_ids, np.dtype(np.float32), plan.prefix_ids)
             for row, window in enumerate(windows.tolist()):
                 require_finite(window, row, scores)
             assert scores.hidden_states is not None
@@ -247,7 +249,7 @@ def _agreeing(
 
 def base_figures(proposals: Proposals, size: TextSize) -> dict[str, float]:
     """Perplexity of the base LM."""
-    return _figures(-base_log_likelihoods(proposals), proposals.lengths, size)
+    return _figures(-base_log_likelihoods(proposals)[None], proposals.lengths, size)[0]
 
 
 def base_log_likelihoods(proposals: Proposals) -> np.ndarray:
@@ -256,14 +258,22 @@ def base_log_likelihoods(proposals: Proposals) -> np.ndarray:
 
 
 def compared_figures(log_p: np.ndarray, proposals: Proposals, size: TextSize) -> dict[str, float]:
-    """Perplexity where the windows of these proposals have log-likelihoods log_p (W,).
+    """As `all_compared_figures`, of one way to predict, log_p (W,)."""
+    return all_compared_figures(log_p[None], proposals, size)[0]
+
+
+def all_compared_figures(log_p: np.ndarray, proposals: Proposals, size: TextSize) -> list[dict[str, float]]:
+    """Perplexity under S ways to predict, of which the windows have log-likelihoods log_p (S, W).
 
     ratio: to the base LM's perplexity, its interval over the same windows of both.
     """
-    gained = base_log_likelihoods(proposals) - log_p
-    lower, upper = _interval(gained, proposals.lengths)
-    ratio = {"ratio": float(np.exp(gained.sum() / size.n_tokens)), "ratio_lower": lower, "ratio_upper": upper}
-    return _figures(-log_p, proposals.lengths, size) | ratio
+    gained = base_log_likelihoods(proposals) - log_p  # (S, W)
+    figures = _figures(np.concatenate([-log_p, gained]), proposals.lengths, size)
+    found = []
+    for own, ratio in zip(figures[: len(log_p)], figures[len(log_p) :], strict=True):
+        names = {"ratio": "perplexity", "ratio_lower": "perplexity_lower", "ratio_upper": "perplexity_upper"}
+        found.append(own | {name: ratio[of] for name, of in names.items()})
+    return found
 
 
 def cdlm_figures(proposals: Proposals, probabilities: np.ndarray, size: TextSize) -> list[dict[str, float]]:
@@ -272,41 +282,48 @@ def cdlm_figures(proposals: Proposals, probabilities: np.ndarray, size: TextSize
     coverage and accepted: shares of positions with a proposal, and with one of q >= 1/2; matched: share of the
     proposals that are what the text says; from_chunks: expected share of the tokens that chunks brought.
     """
-    log_p = log_likelihoods(proposals, probabilities)
     found = ~np.isnan(proposals.similarities)
     shares = {
         "coverage": float(found.mean()),
         "matched": float(proposals.matches[found].mean()) if found.any() else 0.0,
     }
+    compared = all_compared_figures(log_likelihoods(proposals, probabilities), proposals, size)
     figures = []
-    for q, of_windows in zip(probabilities, log_p, strict=True):
+    for q, of_setting in zip(probabilities, compared, strict=True):
         brought = float((posteriors(proposals, q).accepted * proposals.chunk_lengths).sum())
         extra = {"accepted": float((q >= 0.5).mean()), "from_chunks": brought / size.n_tokens}
-        figures.append(compared_figures(of_windows, proposals, size) | shares | extra)
+        figures.append(of_setting | shares | extra)
     return figures
 
 
-def _figures(nll: np.ndarray, n_tokens: np.ndarray, size: TextSize) -> dict[str, float]:
-    """nll (W,) in nats, n_tokens (W,) of each window."""
-    lower, upper = _interval(nll, n_tokens)
-    return {
-        "perplexity": float(np.exp(nll.sum() / n_tokens.sum())),
-        "perplexity_lower": lower,
-        "perplexity_upper": upper,
-        "mean_window_perplexity": float(np.exp(nll / n_tokens).mean()),
-        "bits_per_byte": float(nll.sum() / np.log(2) / size.n_bytes),
-        "nll": float(nll.sum()),
-        "tokens": int(n_tokens.sum()),
-    }
+def _figures(nll: np.ndarray, n_tokens: np.ndarray, size: TextSize) -> list[dict[str, float]]:
+    """One for each row of nll (F, W) in nats; n_tokens (W,) of each window."""
+    return [
+        {
+            "perplexity": float(np.exp(of_windows.sum() / n_tokens.sum())),
+            "perplexity_lower": lower,
+            "perplexity_upper": upper,
+            "mean_window_perplexity": float(np.exp(of_windows / n_tokens).mean()),
+            "bits_per_byte": float(of_windows.sum() / np.log(2) / size.n_bytes),
+            "nll": float(of_windows.sum()),
+            "tokens": int(n_tokens.sum()),
+        }
+        for of_windows, (lower, upper) in zip(nll, _intervals(nll, n_tokens), strict=True)
+    ]
 
 
-def _interval(nll: np.ndarray, n_tokens: np.ndarray) -> tuple[float, float]:
-    """Bootstrap 95% interval of the perplexity over windows drawn with replacement; the draws are the same each time."""
-    rng = np.random.default_rng(0)
-    counts = rng.multinomial(len(nll), np.full(len(nll), 1 / len(nll)), size=N_RESAMPLES)  # (R, W)
-    resampled = np.exp(counts @ nll / (counts @ n_tokens))
-    lower, upper = np.percentile(resampled, [2.5, 97.5])
-    return float(lower), float(upper)
+def _intervals(nll: np.ndarray, n_tokens: np.ndarray) -> list[list[float]]:
+    """Bootstrap 95% interval of each row's perplexity, nll (F, W), over windows drawn with replacement, the same for all.
+
+    The draws are made in blocks, which are the same whatever the size of a block: all together are many numbers.
+    """
+    rng, n_windows = np.random.default_rng(0), len(n_tokens)
+    share, n_block = np.full(n_windows, 1 / n_windows), max(RESAMPLED_NUMBERS // n_windows, 1)
+    resampled = []
+    for first in range(0, N_RESAMPLES, n_block):
+        counts = rng.multinomial(n_windows, share, size=min(n_block, N_RESAMPLES - first))  # (R, W)
+        resampled.append(np.exp(counts @ nll.T / (counts @ n_tokens)[:, None]))
+    return np.percentile(np.concatenate(resampled), [2.5, 97.5], axis=0).T.tolist()
 
 
 def table_settings(

@@ -167,12 +167,11 @@ class PartialH5:
             n_written = os.pwrite(self._file.fileno(), content, offset)
             offset, content = offset + n_written, content[n_written:]
 
-    def copy_missing_rows(self, folder: Path, lengths: np.ndarray) -> None:
-        """Write the rows that are only in the `.npy` files of a folder; lengths (N,) tokens of each window.
+    def copy_rows(self, windows: list[int], folder: Path, lengths: np.ndarray) -> None:
+        """Write the rows of some windows from the `.npy` files of a folder; lengths (N,) tokens of each window.
 
         Raises InputError where a file is missing or damaged, holds NaN or has another shape.
         """
-        windows = np.flatnonzero(~self.has_rows()).tolist()
         firsts = np.cumsum(lengths) - lengths
         bar = ProgressBar(windows, desc=self.path.with_suffix("").name, unit="window", disable=not windows)
         for window in bar:

@@ -45,10 +45,19 @@ from utils.lm.model import (
     require_windows_fit,
 )
 from utils.lm.scoring import PendingScores, WindowScores, find_batch_size, require_finite, start_scoring
-from utils.manifest import Manifest, begin_stage, finish_stage, list_files, read_manifest, save_manifest
+from utils.manifest import (
+    Manifest,
+    begin_stage,
+    finish_stage,
+    list_files,
+    read_manifest,
+    require_as_written,
+    save_manifest,
+)
 from utils.progress import ProgressBar
 from utils.text.corpora import read_passages, split_path
 from utils.text.expert_spans import write_expert_spans
+from utils.text.prompts import added_tokens
 from utils.text.windows import WindowPlan, WindowShape, load_plan, plan_batches, plan_windows, save_plan
 
 LOGGER = logging.getLogger(__name__)
@@ -184,7 +193,7 @@ class _Run:
             "dtype": self.settings.dtype,
             "hidden_dtype": self.settings.requested.dtype.name,
             "device": pick_device(self.settings.device).type,
-        }
+        } | ({"bos": True} if windows.with_bos and added_tokens(self.tokenizer)[0] else {})
 
     @cached_property
     def inputs(self) -> dict[str, str]:
@@ -212,7 +221,8 @@ class _Run:
         places = range(N_PLACES) if settings.shard is None else _share(settings.shard, settings.num_shards)
         stack.enter_context(exclusive_lock(settings.output_dir, f"{settings.partition}_extraction", items=places))
         self._config = load_config(settings.model_path, settings.cache_dir)
-        require_windows_fit(self._config, settings.model_path, settings.windows.chunk_size)
+        n_prefix = len(added_tokens(self.tokenizer)[0]) if settings.windows.with_bos else 0
+        require_windows_fit(self._config, settings.model_path, settings.windows.chunk_size, n_prefix)
         _ = self.inputs  # before any text is read
         state = ExtractionState(self.files, self.settings.requested)
         if not state.files_there and self.settings.shard is None:
@@ -264,7 +274,7 @@ class _Run:
     def _make_plan(self) -> dict[str, Any]:
         """Make the plan where it is not there yet; returns what it is made from. Raises InputError for unusable text."""
         made_from = {name: self.arguments[name] for name in ("chunk_size", "stride", "min_length")}
-        made_from |= {name: self.inputs[name] for name in ("text", "tokenizer")}
+        made_from |= {name: self.inputs[name] for name in ("text", "tokenizer")} | {"bos": "bos" in self.arguments}
         with exclusive_lock(self.files.output_dir, f"{self.files.partition}_plan", wait=True):
             plan = load_plan(self.files.plan, made_from)
             if plan is None:
@@ -302,7 +312,7 @@ class _Run:
         # Shards that start at the same time do this one after the other.
         with exclusive_lock(self.files.output_dir, f"{self.files.partition}_manifest", wait=True):
             if self.arguments["batch_size"] is None and not self.files.manifest.exists():
-                self.arguments["batch_size"] = find_batch_size(lm, int(plan.lengths.max()))
+                self.arguments["batch_size"] = find_batch_size(lm, int(plan.lengths.max()) + len(plan.prefix_ids))
             manifest = self._begin()
             if not manifest.complete:
                 known: dict[str, Any] = {HIDDEN_SIZE: lm.hidden_size}
@@ -379,16 +389,14 @@ class _Run:
         if self.settings.requested.memmap and not state.has_h5(shape):
             h5 = stack.enter_context(PartialH5(self.files.part, shape))
         npy_folder = self.files.folder if state.wants_hidden_states(previous.results) else None
-        first_rows = np.cumsum(plan.lengths) - plan.lengths
-        return WindowWriter(
-            self.files.folder, self.tokenizer, plan.largest_id + 1, shape.dtype, npy_folder, h5, first_rows
-        )
+        return WindowWriter(self.files.folder, self.tokenizer, plan, shape.dtype, npy_folder, h5)
 
     def _read_nll(self, plan: WindowPlan, windows: np.ndarray, nll: np.ndarray) -> None:
         """Fill in the negative log-likelihood of windows (M,) that an earlier run computed, from their files.
 
         Raises InputError where a file is damaged or holds other tokens than the plan.
         """
+        self._require_unchanged([token_probs_path(self.files.folder, window) for window in windows.tolist()])
         is_shown = self.ranks.is_first and bool(len(windows))
         for window in ProgressBar(windows.tolist(), desc="reading what is there", unit="window", disable=not is_shown):
             _, token_ids, probabilities = read_token_probs(self.files.folder, window)
@@ -397,7 +405,12 @@ class _Run:
                 raise InputError(
                     f"{path}: holds other tokens than window {window} of the text; delete it and run again"
                 )
-            nll[window] = window_nll(probabilities)
+            nll[window] = window_nll(probabilities, int(plan.first_counted[window]))
+
+    def _require_unchanged(self, paths: list[Path]) -> None:
+        """Raise InputError where a file of a finished run, which is about to be read again, was changed since."""
+        manifest = read_manifest(self.files.manifest, STAGE)
+        require_as_written(self.files.manifest, manifest, paths, verify=True)
 
     # ---- The end
 
@@ -433,7 +446,9 @@ class _Run:
             if not state.has_h5(shape):
                 PartialH5.begin(self.files.part, shape)
                 with PartialH5(self.files.part, shape) as part:
-                    part.copy_missing_rows(self.files.folder, plan.lengths)
+                    missing = np.flatnonzero(~part.has_rows()).tolist()
+                    self._require_unchanged([hidden_states_path(self.files.folder, window) for window in missing])
+                    part.copy_rows(missing, self.files.folder, plan.lengths)
                     part.finish()
             if not state.has_index_maps(shape):
                 write_index_maps(self.files.index_to_seqlen, self.files.index_to_acc_index, plan.lengths)
@@ -444,7 +459,7 @@ class _Run:
 
 def _results(plan: WindowPlan, nll: np.ndarray, hidden_size: int | None) -> dict[str, Any]:
     """What the manifest says of the output, the same however many runs or processes it took. nll (N,) of each window."""
-    n_scored = plan.n_tokens - plan.n_windows  # the first token of a window has nothing before it
+    n_scored = int((plan.lengths - plan.first_counted).sum())
     return {
         "n_passages": plan.n_passages,
         "n_short_passages": plan.n_short_passages,
@@ -499,7 +514,7 @@ def compute_batches(
         try:
             for windows in batches:
                 token_ids = plan.batch_token_ids(windows)
-                scores = start_scoring(lm, token_ids, writer.hidden_dtype)
+                scores = start_scoring(lm, token_ids, writer.hidden_dtype, plan.prefix_ids)
                 pending.append((windows, thread.submit(writer.write, windows, token_ids, scores)))
                 bar.update(token_ids.size)
                 if len(pending) > MAX_PENDING_BATCHES:
@@ -519,16 +534,15 @@ class WindowWriter:
         self,
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
-        n_token_ids: int,
+        plan: WindowPlan,
         dtype: np.dtype,
         npy_folder: Path | None,
         h5: PartialH5 | None,
-        first_rows: np.ndarray,
     ) -> None:
-        """dtype: of hidden states on disk; npy_folder: for a `.npy` per window, None for none; first_rows (N,): of each
-        window in the `.h5`."""
-        self._folder, self._tokenizer = folder, tokenizer
-        self._npy_folder, self._h5, self._first_rows = npy_folder, h5, first_rows
+        """dtype: of hidden states on disk; npy_folder: for a `.npy` per window, None for none."""
+        self._folder, self._tokenizer, self._first_counted = folder, tokenizer, plan.first_counted
+        self._npy_folder, self._h5, self._first_rows = npy_folder, h5, np.cumsum(plan.lengths) - plan.lengths
+        n_token_ids = plan.largest_id + 1
         self.hidden_dtype = None if npy_folder is None and h5 is None else dtype  # None: hidden states are not wanted
         self._texts = np.full(n_token_ids, "", dtype=object)
         self._is_known = np.zeros(n_token_ids, dtype=bool)
@@ -545,7 +559,9 @@ class WindowWriter:
             require_finite(window, row, scores)
             self._write_hidden_states(window, row, scores)
             write_token_probs(self._folder, window, token_ids[row], probabilities[row], texts[row].tolist())
-        return np.array([window_nll(row) for row in probabilities])
+        return np.array(
+            [window_nll(row, first) for row, first in zip(probabilities, self._first_counted[windows], strict=True)]
+        )
 
     def _write_hidden_states(self, window: int, row: int, scores: WindowScores) -> None:
         if scores.hidden_states is None:
@@ -575,6 +591,6 @@ def probabilities_of(log_probs: np.ndarray) -> np.ndarray:
     return probabilities
 
 
-def window_nll(probabilities: np.ndarray) -> float:
-    """Negative log-likelihood, in nats, of a window's tokens from the second on; probabilities (L,) as on disk."""
-    return float(-np.log(np.maximum(probabilities[1:], np.finfo(np.float64).tiny)).sum())
+def window_nll(probabilities: np.ndarray, first: int) -> float:
+    """Negative log-likelihood, in nats, of a window's tokens from the first that counts; probabilities (L,) as on disk."""
+    return float(-np.log(np.maximum(probabilities[first:], np.finfo(np.float64).tiny)).sum())

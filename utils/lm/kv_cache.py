@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from utils.files import InputError
@@ -30,7 +30,7 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-
 FIXED_LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 N_WARM_UP_PASSES = 3
 LOGGER = logging.getLogger(__name__)
-_SLOTS_FIT: WeakKeyDictionary[CausalLM, bool] = WeakKeyDictionary()  # the probe's result, once per model
+_SLOTS_FIT: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # the probe's result, once per model
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,12 @@ def make_kv_cache(lm: CausalLM, n_rows: int, n_slots: int, graphs: bool = False)
     graphs: run passes of a few fixed lengths, each captured as a CUDA graph and replayed. Raises InputError where
     neither cache gives the logits that the model gives without one.
     """
-    if lm not in _SLOTS_FIT:
-        _SLOTS_FIT[lm] = _slots_fit(lm)
-        if not _SLOTS_FIT[lm]:
+    if lm.model not in _SLOTS_FIT:
+        _SLOTS_FIT[lm.model] = _slots_fit(lm)
+        if not _SLOTS_FIT[lm.model]:
             _require_cache(lm, SingleSequenceCache(lm))
             LOGGER.warning("%s: its attention takes one sequence at a time and no draft trees", lm.name)
-    if not _SLOTS_FIT[lm]:
+    if not _SLOTS_FIT[lm.model]:
         return SingleSequenceCache(lm)
     return GraphedKVCache(lm, n_rows, n_slots) if graphs else SlotKVCache(lm, n_rows, n_slots)
 
@@ -330,6 +330,8 @@ class GraphedKVCache(SlotKVCache):
         self._passes: dict[tuple[int, int], _FixedPass] = {}
 
     def _pass(self, blocks: list[Block], n_tokens: list[int], keep_all: bool) -> tuple[Tensor, Tensor]:
+        if max(n_tokens) > FIXED_LENGTHS[-1]:  # a chunk that was not cut: too rare to be worth a graph
+            return super()._pass(blocks, n_tokens, keep_all)
         width = next(length for length in FIXED_LENGTHS if length >= max(n_tokens))
         self._placement.place(self.lengths[: len(blocks)], n_tokens, width, self._device)
         # Every slot, that of the padding too, which no mask lets be seen.
@@ -451,6 +453,10 @@ def _slots_fit(lm: CausalLM) -> bool:
         for row, text in enumerate(texts):
             cache.prefill(row, [text])
         _, (over_tree, over_line) = cache.forward([tree, line], keep_all=True)
+    except torch.OutOfMemoryError as error:  # says nothing of the architecture
+        raise InputError(
+            f"{lm.name}: leaves no memory on {lm.device} for a KV cache; free some, or give another --device"
+        ) from error
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError):
         return False
     root, first, second = tree.token_ids
@@ -474,7 +480,7 @@ def _require_cache(lm: CausalLM, cache: SingleSequenceCache) -> None:
 
 
 def _probe_text(lm: CausalLM, n_tokens: int) -> list[int]:
-    vocabulary = lm.model.get_output_embeddings().weight.shape[0]
+    vocabulary = lm.model.config.get_text_config().vocab_size
     return [(7 * i + 3) % vocabulary for i in range(n_tokens)]
 
 

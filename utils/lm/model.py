@@ -243,12 +243,20 @@ def max_positions(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def require_windows_fit(config: Any, model_path: str, chunk_size: int) -> None:
-    """Raise InputError where the model cannot read windows of `chunk_size` tokens."""
+def require_windows_fit(
+    config: Any,
+    model_path: str,
+    n_tokens: int,
+    n_prefix: int,
+    flag: str = "--chunk_size",
+    and_flag: str = " and --stride",
+) -> None:
+    """Raise InputError where the model cannot read windows of `n_tokens` tokens, and `n_prefix` before them."""
     n_positions = max_positions(config)
-    if n_positions is not None and chunk_size > n_positions:
-        message = f"--chunk_size {chunk_size}: {model_path} reads {n_positions} tokens at most"
-        raise InputError(f"{message}; give --chunk_size and --stride of at most that")
+    if n_positions is not None and n_tokens + n_prefix > n_positions:
+        less = f", {n_prefix} for BOS" if n_prefix else ""
+        message = f"{flag} {n_tokens}: {model_path} reads {n_positions} tokens at most{less}"
+        raise InputError(f"{message}; give {flag}{and_flag} of at most {n_positions - n_prefix}")
 
 
 def require_known_ids(config: Any, model_path: str, largest_id: int) -> None:

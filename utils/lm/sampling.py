@@ -1,32 +1,67 @@
-"""Drawing the next token: greedy, or from the LM's distribution after temperature, top-k and top-p.
+"""Drawing the next token: greedy, or from the LM's distribution after its logits processors.
 
 A draw is the inverse of the cumulative distribution at a uniform number that belongs to the sequence and to the place
 of the token in it (`uniforms`). So the text of a seed depends neither on the batch a prompt is in nor on how many
 tokens a step brings, and verified decoding draws what plain decoding would have drawn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from utils.lm.model import upload
 
 # Streams of uniform numbers of one sequence.
 TOKEN_STREAM, ACCEPTANCE_STREAM = 0, 1
+# In the place of a token where the LM gives no distribution: its logits are NaN, or all of them are -inf.
+NO_DISTRIBUTION = -1
+# Processors that read the logits alone, so that all nodes of a draft can be processed at once.
+READ_LOGITS_ALONE = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+# What a generation config says that is no matter of logits processors, or that our flags say.
+NOT_OF_PROCESSORS = {
+    *("transformers_version", "_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+    *("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "cache_implementation"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("num_beams", "num_return_sequences", "trust_remote_code", "chat_format", "assistant_early_exit"),
+}
+
+# From a request's index, the ids before the token and logits (1, V) to processed logits (1, V).
+Process = Callable[[int, list[int], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How logits become tokens. `processors` that read the text so far need `prefixes` at every call."""
+    """How logits become tokens.
 
-    processors: LogitsProcessorList
+    warpers read nothing but the logits. process: applied before them, row by row, where processors read the text.
+    """
+
+    warpers: LogitsProcessorList
     greedy: bool
-    reads_text: bool = False
+    process: Process | None = None
 
     @classmethod
     def from_settings(cls, temperature: float, top_k: int | None, top_p: float | None) -> "Sampler":
@@ -42,34 +77,73 @@ class Sampler:
             warpers.append(TopPLogitsWarper(top_p))
         return cls(warpers, greedy=False)
 
-    def tokens(self, logits: Tensor, uniforms: list[float], prefixes: Callable[[int], list[int]]) -> Tensor:
+    def tokens(
+        self, logits: Tensor, uniforms: Sequence[float], context: Callable[[int], tuple[int, list[int]]]
+    ) -> Tensor:
         """One token (N,) int64 for each row of logits (N, V), at the uniform numbers in [0, 1), on the logits' device.
 
-        prefixes(i): the ids before row i's token.
+        context(i): the request's index of row i and the ids before its token. NO_DISTRIBUTION where there is none.
         """
-        if self.processors:
-            logits = self._process(logits.float(), prefixes)
+        if self.process is not None:
+            rows = [self.process(*context(i), row[None].float()) for i, row in enumerate(logits)]
+            logits = torch.cat(rows)
+        if self.warpers:
+            logits = run_processors(self.warpers, logits.new_zeros(len(logits), 1, dtype=torch.long), logits.float())
         if self.greedy:
-            return logits.argmax(dim=-1)
+            return logits.argmax(dim=-1).masked_fill_(_lacks_distribution(logits.amax(dim=-1)), NO_DISTRIBUTION)
         cumulative = logits.float().softmax(dim=-1).double().cumsum(dim=-1)
         points = upload(np.array(uniforms)[:, None], logits.device) * cumulative[:, -1:]
         # Right of equal values: a token of probability 0 adds nothing to the sum and is never the one.
-        return torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)[:, 0]
+        drawn = torch.searchsorted(cumulative, points, right=True).clamp_(max=logits.shape[-1] - 1)[:, 0]
+        return drawn.masked_fill_(cumulative[:, -1].isnan(), NO_DISTRIBUTION)
 
-    def _process(self, logits: Tensor, prefixes: Callable[[int], list[int]]) -> Tensor:
-        if not self.reads_text:
-            return self._run(logits.new_zeros(len(logits), 1, dtype=torch.long), logits)
-        rows = []
-        for i, row in enumerate(logits):
-            text = upload([prefixes(i)], logits.device)
-            rows.append(self._run(text, row[None]))
-        return torch.cat(rows)
 
-    def _run(self, input_ids: Any, logits: Any) -> Tensor:
-        # The library's annotations name tensor classes that no tensor is of.
-        return self.processors(input_ids, logits)
+def _lacks_distribution(largest: Tensor) -> Tensor:
+    return largest.isnan() | largest.isneginf()
+
+
+def run_processors(processors: LogitsProcessorList, input_ids: Any, logits: Any) -> Tensor:
+    """logits (N, V) after the processors. The library's annotations name tensor classes that no tensor is of."""
+    return processors(input_ids, logits)
 
 
 def uniforms(seed: int, sequence: int, stream: int, n: int) -> np.ndarray:
     """(n,) float64 in [0, 1): the first n numbers of a sequence's stream, whatever n is."""
     return np.random.default_rng([seed, sequence, stream]).random(n)
+
+
+# ---- The model's generation config
+
+
+def config_of_processors(model: PreTrainedModel) -> dict[str, Any]:
+    """What the model's generation config asks of logits processors beyond temperature, top-k and top-p."""
+    said = model.generation_config.to_diff_dict()
+    return {name: value for name, value in said.items() if name not in NOT_OF_PROCESSORS and value is not None}
+
+
+def processors_of(model: PreTrainedModel, prompt_ids: list[int], max_new_tokens: int, sampler: Sampler) -> Process:
+    """The processors that `generate` would use for a prompt, but for those of temperature, top-k and top-p."""
+    found: list[LogitsProcessorList] = []
+
+    def record(model: Any, input_ids: Tensor, logits_processor: LogitsProcessorList, **_: Any) -> Tensor:
+        found.append(logits_processor)
+        return input_ids
+
+    input_ids = upload([prompt_ids], model.device)
+    drawing = (
+        {"do_sample": False} if sampler.greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    )
+    generate: Any = model.generate
+    generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        custom_generate=record,
+        max_new_tokens=max_new_tokens,
+        **drawing,
+    )
+    processors = found[0]
+
+    def process(_: int, token_ids: list[int], logits: Tensor) -> Tensor:
+        return run_processors(processors, upload([token_ids], logits.device), logits)
+
+    return process

@@ -1,6 +1,7 @@
 """Scoring: log p of each token of a text under the LM, with the hidden states that gave it."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,28 +79,38 @@ class PendingScores:
         return WindowScores(log_probs, hidden_states, is_finite)
 
 
-def score_windows(lm: CausalLM, token_ids: np.ndarray, hidden_dtype: np.dtype | None = None) -> WindowScores:
+def score_windows(
+    lm: CausalLM, token_ids: np.ndarray, hidden_dtype: np.dtype | None = None, prefix_ids: Sequence[int] = ()
+) -> WindowScores:
     """One forward pass over equally long windows; token_ids (B, L) integer. hidden_dtype None: no hidden states.
+
+    prefix_ids: read before each window, such as BOS; nothing of theirs is returned.
 
     Raises InputError where the device has too little memory.
     """
-    return start_scoring(lm, token_ids, hidden_dtype).get()
+    return start_scoring(lm, token_ids, hidden_dtype, prefix_ids).get()
 
 
-def start_scoring(lm: CausalLM, token_ids: np.ndarray, hidden_dtype: np.dtype | None = None) -> PendingScores:
+def start_scoring(
+    lm: CausalLM, token_ids: np.ndarray, hidden_dtype: np.dtype | None = None, prefix_ids: Sequence[int] = ()
+) -> PendingScores:
     """As `score_windows`, without waiting for a GPU."""
     try:
-        return _start(lm, token_ids, hidden_dtype)
+        return _start(lm, token_ids, hidden_dtype, prefix_ids)
     except torch.OutOfMemoryError as error:
         raise _too_large(lm, *token_ids.shape) from error
 
 
 @torch.inference_mode()
-def _start(lm: CausalLM, token_ids: np.ndarray, hidden_dtype: np.dtype | None) -> PendingScores:
-    ids = torch.from_numpy(token_ids.astype(np.int64))
+def _start(
+    lm: CausalLM, token_ids: np.ndarray, hidden_dtype: np.dtype | None, prefix_ids: Sequence[int] = ()
+) -> PendingScores:
+    prefix = np.tile(np.array(prefix_ids, dtype=np.int64), (len(token_ids), 1))  # (B, number of prefix ids)
+    ids = torch.from_numpy(np.concatenate([prefix, token_ids.astype(np.int64)], axis=1))
     if lm.device.type == "cuda":
         ids = ids.pin_memory().to(lm.device, non_blocking=True)  # from other memory it would wait for all before it
-    hidden_states, logits = lm.forward(ids)
+    hidden_states, logits = (found[:, len(prefix_ids) :] for found in lm.forward(ids))
+    ids = ids[:, len(prefix_ids) :]
     log_probs = torch.zeros(ids.shape, device=logits.device)
     log_probs[:, 1:] = log_probs_of(logits[:, :-1], ids[:, 1:].to(logits.device))
     is_finite = hidden_states.isfinite().flatten(1).all(dim=1)

@@ -5,6 +5,7 @@ asks for it.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,10 @@ from utils.files import InputError, open_text, require_file
 if TYPE_CHECKING:  # a prompt file is checked before anything heavy is imported
     from transformers import PreTrainedTokenizerBase
 
+LOGGER = logging.getLogger(__name__)
 PLACEHOLDER = "{prompt}"
+# A text on which tokenizers show what they add to it.
+PROBE = "a"
 LAYOUTS = (
     'a JSON list of strings, or of objects with "prompt" or "text", or JSON Lines with "turns", "prompt" or "text"'
 )
@@ -113,10 +117,22 @@ def require_template(template: str | None, chat: bool) -> None:
     _require_unicode(template, "--prompt_template")
 
 
+def added_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer adds before a text by default, BOS as a rule, and those that it adds after it."""
+    plain = list(tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"])
+    whole = list(tokenizer(PROBE, verbose=False)["input_ids"])
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
+
+
 def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase", template: str | None = None, chat: bool = False
 ) -> list[list[int]]:
-    """The token ids of each prompt, with the special tokens that the tokenizer adds by default.
+    """The token ids of each prompt, with the special tokens that the tokenizer adds before a text by default.
+
+    What it adds after a text, such as EOS, is left out with a warning: generation would go on after the end.
 
     template: every `{prompt}` in it becomes the prompt. chat: the prompt is the user's turn in the tokenizer's chat
     template, up to where the assistant's begins; the template's special tokens are the only ones. Raises InputError
@@ -126,13 +142,20 @@ def encode_prompts(
     require_template(template, chat)
     if chat and not tokenizer.chat_template:
         raise InputError("--chat: this model's tokenizer has no chat template; use --prompt_template instead")
-    return [_encode(prompt, tokenizer, template or PLACEHOLDER, chat) for prompt in prompts]
+    suffix = [] if chat else added_tokens(tokenizer)[1]
+    if suffix and prompts:
+        text = tokenizer.decode(suffix)
+        LOGGER.warning("the tokenizer adds %r after a text, which is left out: prompts are to be continued", text)
+    return [_encode(prompt, tokenizer, template or PLACEHOLDER, chat, len(suffix)) for prompt in prompts]
 
 
-def _encode(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", template: str, chat: bool) -> list[int]:
+def _encode(
+    prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", template: str, chat: bool, n_suffix: int
+) -> list[int]:
     text = _render_chat(prompt, tokenizer) if chat else template.replace(PLACEHOLDER, prompt.text)
     # verbose: a prompt that is too long is refused by require_room, in our words.
     token_ids = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
+    token_ids = token_ids[: len(token_ids) - n_suffix]
     if not token_ids:
         raise InputError(f"{prompt} has no tokens in this model's tokenizer; give it another text")
     return list(token_ids)

@@ -17,6 +17,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from tokenize import TokenError
 from typing import IO, TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from numpy.lib import format as npy
 from utils.files import InputError, replacing
 from utils.progress import ProgressBar
 from utils.text.expert_spans import ExpertSpans, token_bounds
+from utils.text.prompts import added_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,11 +44,13 @@ COPIED_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class WindowShape:
-    """How passages are cut: most tokens of a window, tokens from one start to the next, tokens of the shortest passage."""
+    """How passages are cut and read: most tokens of a window, tokens from one start to the next, tokens of the shortest
+    passage, and whether the LM reads the tokenizer's BOS, if it adds one, before each window."""
 
     chunk_size: int
     stride: int
     min_length: int
+    with_bos: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.stride <= self.chunk_size:
@@ -94,7 +98,9 @@ class WindowPlan:
     n_short_spans: int  # marked in them
     largest_id: int
     fingerprint: str  # SHA-256 over each window's length and ids, in order
+    prefix_ids: list[int]  # that the LM reads before each window, and that are not of the text: BOS as a rule, or none
     expert_spans: ExpertSpans  # marked in the text
+    n_bytes: np.ndarray | None = None  # (N,) int64: of the text, in UTF-8, after each window's first token
 
     @property
     def n_windows(self) -> int:
@@ -104,6 +110,16 @@ class WindowPlan:
     def n_tokens(self) -> int:
         """Tokens of all windows: those that two windows share count twice."""
         return int(self.lengths.sum())
+
+    @cached_property
+    def first_counted(self) -> np.ndarray:
+        """(N,) int64: the first token of each window that counts in a perplexity, so that each of the text counts once.
+
+        It is the first that the window before does not hold too, and the second of a window at the earliest: nothing of
+        the text stands before a window's first token.
+        """
+        ends = self.starts + self.lengths
+        return np.maximum(np.concatenate([[0], ends[:-1]]) - self.starts, 1)
 
     def token_ids(self, window: int) -> np.ndarray:
         """(L,) int32, one window's."""
@@ -128,20 +144,22 @@ def plan_windows(
     shape: WindowShape,
     folder: Path,
     n_bytes: int | None = None,
+    counts_bytes: bool = False,
 ) -> WindowPlan:
     """Tokenise a text and cut it into windows, in memory that holds a few passages and 16 bytes a window.
 
     The ids go to an unnamed file in `folder`, 4 bytes each, which disappears with the plan or the process. n_bytes: the
-    text's size, for the progress bar; None: no bar. Raises InputError where no passage is long enough, a span touches no
+    text's size, for the progress bar; None: no bar. counts_bytes: fill in the plan's `n_bytes`. Raises InputError where no passage is long enough, a span touches no
     token, or the folder's disk is full.
     """
     bar = ProgressBar(total=n_bytes, desc="tokenising", unit="B", unit_scale=True, disable=n_bytes is None)
     try:
         with bar:
-            draft = _Draft(shape, tempfile.TemporaryFile(dir=folder))  # noqa: SIM115 (it is closed with the plan)
+            prefix_ids = added_tokens(tokenizer)[0] if shape.with_bos else []
+            draft = _Draft(shape, prefix_ids, tempfile.TemporaryFile(dir=folder))  # noqa: SIM115 (it is closed with the plan)
             for group in _grouped(passages):
-                for token_ids, bounds in _tokenized(group, tokenizer, draft.n_seen):
-                    draft.add(np.array(token_ids, dtype=np.int32), bounds)
+                for token_ids, bounds, ends in _tokenized(group, tokenizer, draft.n_seen, counts_bytes):
+                    draft.add(np.array(token_ids, dtype=np.int32), bounds, ends)
                 bar.update(sum(len(passage.text) for passage in group))
             bar.update(max((n_bytes or 0) - bar.n, 0))  # what JSON adds to the text, escapes and braces
             plan = draft.plan()
@@ -157,6 +175,7 @@ class _Draft:
     """A plan that grows by one passage at a time."""
 
     shape: WindowShape
+    prefix_ids: list[int]
     file: IO[bytes]
     n_written: int = 0
     n_passages: int = 0
@@ -167,6 +186,7 @@ class _Draft:
     largest_id: int = 0
     starts: array = field(default_factory=lambda: array("q"))
     lengths: array = field(default_factory=lambda: array("q"))
+    n_bytes: array = field(default_factory=lambda: array("q"))
     digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
     marked: array = field(default_factory=lambda: array("q"))  # window, first, end and span of each piece in turn
 
@@ -174,8 +194,9 @@ class _Draft:
     def n_seen(self) -> int:
         return self.n_passages + self.n_short_passages
 
-    def add(self, token_ids: np.ndarray, span_bounds: np.ndarray) -> None:
-        """token_ids (T,) of a passage; span_bounds (S, 2): first token and end of each marked span."""
+    def add(self, token_ids: np.ndarray, span_bounds: np.ndarray, byte_ends: np.ndarray | None) -> None:
+        """token_ids (T,) of a passage; span_bounds (S, 2): first token and end of each marked span; byte_ends (T,): where
+        in the passage's UTF-8 each token ends, None: not counted."""
         bounds = self.shape.bounds(len(token_ids))
         self.n_longest = max(self.n_longest, len(token_ids))
         if not bounds:
@@ -189,6 +210,8 @@ class _Draft:
             self.digest.update(window_bytes(token_ids[start:end]))
             self.starts.append(self.n_written + start)
             self.lengths.append(end - start)
+            if byte_ends is not None:
+                self.n_bytes.append(int(byte_ends[end - 1] - byte_ends[start]))
         self.file.write(token_ids.tobytes())
         self.n_written += len(token_ids)
         self.n_spans += len(span_bounds)
@@ -226,7 +249,9 @@ class _Draft:
             self.n_short_spans,
             self.largest_id,
             self.digest.hexdigest(),
+            self.prefix_ids,
             ExpertSpans.of_rows(np.array(self.marked, dtype=np.int64).reshape(-1, 4)),
+            np.array(self.n_bytes) if self.n_bytes else None,
         )
 
 
@@ -245,11 +270,14 @@ def _grouped(passages: Iterable["Passage"]) -> Iterator[list["Passage"]]:
 
 
 def _tokenized(
-    group: list["Passage"], tokenizer: "PreTrainedTokenizerBase", n_before: int
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    """The token ids of each passage and the token bounds (S, 2) of its spans; n_before: passages before the group."""
+    group: list["Passage"], tokenizer: "PreTrainedTokenizerBase", n_before: int, counts_bytes: bool
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray | None]]:
+    """The token ids of each passage, the token bounds (S, 2) of its spans, and where in its bytes each token ends.
+
+    n_before: passages before the group; counts_bytes False: the last is None.
+    """
     # Offsets only where they are needed: they take as long as the ids.
-    with_offsets = tokenizer.is_fast and any(passage.spans for passage in group)
+    with_offsets = tokenizer.is_fast and (counts_bytes or any(passage.spans for passage in group))
     encoded = tokenizer(
         [passage.text for passage in group],
         add_special_tokens=False,
@@ -263,13 +291,32 @@ def _tokenized(
             offsets = encoded["offset_mapping"][i] if with_offsets else None
             where = f"passage {n_before + i + 1} of the text"
             bounds = token_bounds(where, passage.text, passage.spans, token_ids, tokenizer, offsets)
-        yield token_ids, bounds
+        ends = None
+        if counts_bytes:
+            offsets = encoded["offset_mapping"][i] if with_offsets else None
+            ends = _byte_ends(passage.text, token_ids, tokenizer, offsets)
+        yield token_ids, bounds, ends
+
+
+def _byte_ends(
+    text: str, token_ids: list[int], tokenizer: "PreTrainedTokenizerBase", offsets: list[tuple[int, int]] | None
+) -> np.ndarray:
+    """(T,) int64: where in the UTF-8 of a passage each token ends.
+
+    Without offsets, of tokenizers written in Python, the bytes are shared out as the tokens' own texts are long.
+    """
+    n_bytes = np.array([len(character.encode()) for character in text], dtype=np.int64)
+    if offsets is not None:
+        ends = np.array([end for _, end in offsets], dtype=np.int64)
+        return np.concatenate([[0], np.cumsum(n_bytes)])[np.maximum.accumulate(ends)] if len(ends) else ends
+    sizes = np.cumsum([len(str(tokenizer.decode([token])).encode()) for token in token_ids])
+    return np.rint(sizes * (n_bytes.sum() / max(int(sizes[-1]), 1))).astype(np.int64) if len(sizes) else sizes
 
 
 # ---- A plan that processes share
 
 
-COUNTS = ("n_passages", "n_short_passages", "n_short_spans", "largest_id", "fingerprint")
+COUNTS = ("n_passages", "n_short_passages", "n_short_spans", "largest_id", "fingerprint", "prefix_ids")
 
 
 def save_plan(path: Path, plan: WindowPlan, made_from: dict[str, Any]) -> None:
