@@ -29,7 +29,7 @@ from utils.cli import (
 from utils.datastore.trie_files import find_trie_folder, read_token_id_list
 from utils.files import exclusive_lock, make_folder, require_file, require_folder
 from utils.tables import use_colour
-from utils.text.prompts import Prompt, read_prompts, repeated, require_template
+from utils.text.prompts import Prompt, read_prompts, require_template
 
 if TYPE_CHECKING:
     from utils.evaluation.runner import EvaluationSettings
@@ -84,16 +84,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--max_new_tokens", type=POSITIVE_INT, default=50, help="tokens per prompt, at most")
     parser.add_argument(
-        "--temperature", type=Range(float, least=0), default=1.0, help="of the LM's tokens; 0 is greedy"
+        "--temperature",
+        type=Range(float, least=0),
+        help="of the LM's tokens; 0 is greedy (default: the model's generation config where that samples, else 1.0)",
     )
     parser.add_argument(
-        "--top_k", type=NON_NEGATIVE_INT, default=0, help="draw from the k likeliest tokens; 0: from all"
+        "--top_k",
+        type=NON_NEGATIVE_INT,
+        help="draw from the k likeliest tokens; 0: from all (default: as --temperature, else 0)",
     )
     parser.add_argument(
         "--top_p",
         type=Range(float, above=0, most=1),
-        default=1.0,
-        help="draw from the likeliest tokens of this total mass",
+        help="draw from the likeliest tokens of this total mass (default: as --temperature, else 1.0)",
     )
     parser.add_argument("--seed", type=NON_NEGATIVE_INT, default=0, help="same seed, same text, on one machine")
     parser.add_argument("--batch_size", type=POSITIVE_INT, default=1, help="prompts decoded together")
@@ -115,6 +118,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("save_as_corpus", "report"):
         if getattr(args, name) and not args.prompt_file:
             parser.error(f"--{name} is of what is generated, so it needs --prompt_file")
+    refuse_idle_flags(parser, args)
     if args.gen_baseline_only and args.compare_baseline:
         parser.error("--gen_baseline_only leaves out what --compare_baseline compares with; give one of them")
     if args.stream and args.batch_size > 1:
@@ -125,6 +129,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if missing:
             parser.error(f"needs --{', --'.join(missing)}; or --gen_baseline_only, which reads no datastore")
     return args
+
+
+def refuse_idle_flags(parser: StageParser, args: argparse.Namespace) -> None:
+    """Refuse flags that would do nothing."""
+    names: tuple[str, ...]
+    if not (args.perplexity_file or args.fit_acceptance):
+        names = ("sweep_similarity_threshold", "perplexity_window", "max_windows", "perplexity_batch_size", "no_bos")
+        parser.refuse_flags(args, names, "is about texts, so it needs --perplexity_file or --fit_acceptance")
+    if args.decoding == "chunk" or args.gen_baseline_only:
+        names = ("draft_shape", "max_draft_tokens", "draft_neighbors", "draft_temperature", "live", "draft_growth")
+        parser.refuse_flags(args, names, "is about drafts, so it needs --decoding verify")
+    if args.temperature == 0:
+        parser.refuse_flags(args, ("top_k", "top_p"), "says nothing at --temperature 0, which draws nothing")
+        if args.num_return_sequences > 1:
+            parser.error("--num_return_sequences: at --temperature 0 all texts of a prompt are the same")
+    if not args.exclude_huge_token_tries:
+        parser.refuse_flags(args, ("huge_trie_rows",), "says nothing without --exclude_huge_token_tries")
+    if not args.prompt_file:
+        names = ("prompt_template", "chat", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size")
+        names += ("cuda_graphs", "stream", "compare_baseline", "num_return_sequences", "overwrite")
+        parser.refuse_flags(args, names, "is about generation, so it needs --prompt_file")
 
 
 def add_drafts(parser: Parser) -> None:
@@ -169,6 +194,9 @@ def add_texts(parser: Parser) -> None:
     texts.add_argument(
         "--perplexity_window", type=Range(int, least=2), default=512, help="tokens of a window of these texts"
     )
+    texts.add_argument(
+        "--no_bos", action="store_true", help="read these texts without BOS where the tokenizer puts it before prompts"
+    )
     texts.add_argument("--max_windows", type=POSITIVE_INT, help="only the first windows (default: all)")
     texts.add_argument("--perplexity_batch_size", type=POSITIVE_INT, default=8, help="windows the LM reads together")
     texts.add_argument("--num_return_sequences", type=POSITIVE_INT, default=1, help="texts generated for each prompt")
@@ -179,7 +207,7 @@ def add_texts(parser: Parser) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    prompts = repeated(read_prompts(args.prompt_file), args.num_return_sequences) if args.prompt_file else []
+    prompts = read_prompts(args.prompt_file, args.chat, args.num_return_sequences) if args.prompt_file else []
     for path in (args.perplexity_file, args.fit_acceptance):
         if path is not None:
             require_file(path, "stage 1 writes, a JSON list of passages")
@@ -257,6 +285,7 @@ def settings_of(
         fit_acceptance=args.fit_acceptance,
         thresholds=args.sweep_similarity_threshold or [args.similarity_threshold],
         window=args.perplexity_window,
+        with_bos=not args.no_bos,
         max_windows=args.max_windows,
         batch_size=args.perplexity_batch_size,
     )

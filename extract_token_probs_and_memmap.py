@@ -83,6 +83,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{flag}: is about the .h5, so it needs --construct_memmap")
     if args.discard_intermediates and args.keep_dat:
         parser.error("--keep_dat: --discard_intermediates leaves only the .h5; give one of the two")
+    if not (args.save_hidden_states or args.construct_memmap):
+        parser.refuse_flags(args, ("hidden_dtype",), "no hidden states are written without --save_hidden_states")
     if args.device_map and args.device != "auto":
         parser.error("--device_map: takes all GPUs, so it goes without --device")
     check_shard(parser, args)

@@ -45,11 +45,11 @@ class StageParser(Parser):
         set_verbosity(quiet=parsed.quiet, verbose=parsed.verbose)
         return parsed
 
-    def refuse_flags(self, parsed: argparse.Namespace, flags: dict[str, str], reason: str) -> None:
-        """Refuse the first of some flags, by the name of its value, that was given although it would do nothing."""
-        for name, flag in flags.items():
+    def refuse_flags(self, parsed: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+        """Refuse the first of some flags that was given although it would do nothing."""
+        for name in names:
             if name in parsed.given:
-                self.error(f"{flag}: {reason}")
+                self.error(f"--{name}: {reason}")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

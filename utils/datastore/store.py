@@ -167,6 +167,13 @@ def require_made_with(trie_folder: Path, model_path: str, tokenizer: str, model:
         raise InputError(f"{path}: its hidden states are another model's than {model_path}; make them anew with it")
 
 
+def reads_bos(trie_folder: Path) -> bool:
+    """Whether the hidden states of a datastore are those of windows with BOS, or another prefix, before them."""
+    return bool(
+        read_finished(trie_folder / HIDDEN_STATES_MANIFEST, HIDDEN_STATES_STAGE).inputs["extraction"].get("bos")
+    )
+
+
 def flattened_trie(trie_folder: Path, token_id: int) -> TokenTrie:
     """One token trie from the files of stages 3 and 4, without a pickle; raises InputError where they are damaged."""
     arrays = flattened_arrays(trie_folder, token_id)

@@ -1,6 +1,6 @@
 """`prompt_{i}.json`: every run of one prompt.
 
-    generation   prefix (the prompt's text); per run {run}_text (what follows it), {run}_tokens (one flat list, the prompt's
+    generation   prefix (the prompt's text); turn, where it is a later one of a conversation, counted from 0; per run {run}_text (what follows it), {run}_tokens (one flat list, the prompt's
                  first) and in chunk mode {run}_retrieved_phrases
     time         seconds per run
     metrics      per run, counts and what follows from them: FPS and TTS of the paper's section 6 among them
@@ -38,6 +38,7 @@ from utils.files import InputError, make_folder, replacing
 from utils.json_io import read_json
 
 BASELINE = "baseline_generation"
+TURN = "turn"
 SECTIONS = ("generation", "time", "metrics", "settings", "session", "trace")
 COUNTS = ("prompt_tokens", "new_tokens", "forward_passes", "chunks_accepted", "tokens_from_chunks")
 DRAFT_COUNTS = ("drafts", "draft_tokens", "accepted_tokens")
@@ -71,47 +72,51 @@ def prompt_path(save_dir: Path, index: int) -> Path:
 
 def pending_runs(
     save_dir: Path,
-    prompts: Sequence[tuple[str, list[int]]],
+    texts: Sequence[str],
+    prompt_ids: Mapping[str, Mapping[int, list[int]]],
     runs: Mapping[str, Mapping[str, Any]],
     overwrite: bool = False,
-) -> list[list[str]]:
-    """The names of the runs that each prompt still lacks.
+) -> dict[str, list[int]]:
+    """The indices of the prompts that each run still lacks, by the run's name.
 
-    prompts: text and token ids, by index; runs: the settings of each run by its name. With `overwrite`, runs of these
+    texts: of all prompts, by index; prompt_ids: by a run's name and the prompt's index, for those that are to be
+    generated; runs: the settings of each run by its name. With `overwrite`, runs of these
     names that have other settings are taken out of the files at once, so call this when all else is checked. Raises
     InputError, before anything is taken out, where such runs are there without `overwrite`, a file holds other runs
     of another prompt, or a file is damaged.
     """
     stale: dict[int, list[str]] = {}
-    pending = [list(runs) for _ in prompts]
+    done: set[tuple[str, int]] = set()
     for index, results in stored_results(save_dir):
         path = prompt_path(save_dir, index)
-        prompt = prompts[index] if index < len(prompts) else None
+        text = texts[index] if index < len(texts) else None
         for name in [name for name in runs if name in results["settings"]]:
-            difference = _difference(results, name, runs[name], prompt)
-            if difference is None and prompt is not None:
-                pending[index].remove(name)
-            elif difference is not None and overwrite:
+            difference = _difference(results, name, runs[name], text, prompt_ids[name].get(index))
+            if difference is None:
+                done.add((name, index))
+            elif overwrite:
                 stale.setdefault(index, []).append(name)
-            elif difference is not None:
+            else:
                 raise InputError(f"{path}: {name} {difference}; give --overwrite to replace it, or another --save_dir")
         others = sorted(results["settings"].keys() - runs.keys())
-        if others and prompt is not None and prompt[0] != results["generation"]["prefix"]:
+        if others and text is not None and text != results["generation"]["prefix"]:
             raise InputError(f"{path}: holds {others[0]} of another prompt; choose another --save_dir")
     for index, names in stale.items():
         _drop_runs(save_dir, index, names)
-    return pending
+    return {name: [index for index in prompt_ids[name] if (name, index) not in done] for name in runs}
 
 
 def _difference(
-    results: Results, name: str, settings: Mapping[str, Any], prompt: tuple[str, list[int]] | None
+    results: Results, name: str, settings: Mapping[str, Any], text: str | None, prompt_ids: list[int] | None
 ) -> str | None:
-    """What sets a stored run apart from this one; None where they are the same."""
+    """What sets a stored run apart from this one; None where they are the same. text and ids None: they do not count."""
     found, wanted = results["settings"][name], _as_stored(settings)
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
             return f"was made with {key} {_shown(found.get(key))}, this run has {_shown(wanted.get(key))}"
-    if prompt is not None and (results["generation"]["prefix"], _prompt_ids(results, name)) != prompt:
+    if text is not None and results["generation"]["prefix"] != text:
+        return "was made from another prompt"
+    if prompt_ids is not None and _prompt_ids(results, name) != prompt_ids:
         return "was made from another prompt"
     return None
 
@@ -165,18 +170,21 @@ def save_run(
     decode: Detokenize,
     nll: float | None = None,
     session: str = SESSION,
+    turn: int = 0,
 ) -> None:
     """Add a run to its prompt's file.
 
     prefix: the prompt's text. settings: what decides the run's tokens and speed, of values that JSON holds. The
     baseline's are to be those that every run has, since a run is compared with a baseline whose settings are all
-    among its own. nll: of the new tokens under the base LM, in nats. Raises ValueError where the file there is of
+    among its own. nll: of the new tokens under the base LM, in nats. turn: of the prompt in its conversation. Raises ValueError where the file there is of
     another prompt, which `pending_runs` would have refused.
     """
     path = prompt_path(make_folder(save_dir), generation.index)
     results: Results = _read(path) if path.exists() else {section: {} for section in SECTIONS}
     if results["generation"].setdefault("prefix", prefix) != prefix:
         raise ValueError(f"{path} is of another prompt")
+    if turn:
+        results["generation"][TURN] = turn
     results["generation"][f"{name}_text"] = text_pieces(generation.token_ids, [len(generation.prompt_ids)], decode)[1]
     results["generation"][f"{name}_tokens"] = generation.token_ids
     if name.startswith("generation_t"):
@@ -270,7 +278,9 @@ def _is_comparable(results: Results, name: str) -> bool:
     if BASELINE not in results["settings"]:
         return False
     has_same_settings = results["settings"][BASELINE].items() <= results["settings"][name].items()
-    return has_same_settings and _prompt_ids(results, BASELINE) == _prompt_ids(results, name)
+    # A later turn of a conversation has each run's own answers before it.
+    has_same_prompt = _prompt_ids(results, BASELINE) == _prompt_ids(results, name)
+    return has_same_settings and (TURN in results["generation"] or has_same_prompt)
 
 
 def time_saved(totals: Mapping[str, Any], baseline: Mapping[str, Any]) -> float | None:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from utils.datastore.store import Datastore, open_datastore, require_made_with
+from utils.datastore.store import Datastore, open_datastore, reads_bos, require_made_with
 from utils.datastore.trie_files import HIDDEN_STATES_MANIFEST
 from utils.decoding.acceptance import Acceptance, AcceptanceMap, Policy, read_map
 from utils.decoding.draft import DraftSettings, RetrievalDrafter
@@ -36,17 +37,31 @@ from utils.files import InputError, file_fingerprint, make_folder
 from utils.json_io import write_json_list
 from utils.lm.fingerprint import model_fingerprint, tokenizer_fingerprint
 from utils.lm.kv_cache import KVCache, make_kv_cache
-from utils.lm.model import CausalLM, eos_token_ids, load_config, load_lm, load_tokenizer, max_positions, pick_device
-from utils.lm.sampling import Sampler
+from utils.lm.model import (
+    CausalLM,
+    eos_token_ids,
+    load_config,
+    load_generation_config,
+    load_lm,
+    load_tokenizer,
+    max_positions,
+    pick_device,
+    require_windows_fit,
+    upload,
+)
+from utils.lm.sampling import Sampler, config_of_processors, processors_of, run_processors
 from utils.lm.scoring import negative_log_likelihood
 from utils.progress import ProgressBar, phase
 from utils.tables import use_colour
 from utils.text.corpora import SPLITS, split_path
-from utils.text.prompts import Prompt, encode_prompts, require_room
+from utils.text.prompts import Prompt, added_tokens, conversation_of, encode_prompts, encode_turn, require_room
 from utils.text.windows import WindowShape
 
 LOGGER = logging.getLogger(__name__)
 WARM_UP_TOKENS = 8
+LACKS_BOS = "its vectors are not those that generation meets; make it anew without --no_bos"
+# How tokens are drawn where neither a flag nor the model's generation config says.
+DRAWING: dict[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 # ---- Settings
@@ -99,9 +114,9 @@ class GenerationSettings:
     runs: Literal["datastore", "baseline", "both"]
     decoding: Literal["chunk", "verify"]
     max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
+    temperature: float | None  # None: the model's generation config says, as of the next two
+    top_k: int | None
+    top_p: float | None
     seed: int
     batch_size: int
     cuda_graphs: bool
@@ -120,6 +135,7 @@ class TextSettings:
     fit_acceptance: Path | None
     thresholds: list[float]  # θ of the table
     window: int
+    with_bos: bool
     max_windows: int | None
     batch_size: int
 
@@ -151,11 +167,20 @@ class Evaluation:
         self._tokenizer = load_tokenizer(model.path, model.cache_dir)
         prompts = self._generation.prompts
         self._encoded = encode_prompts(prompts, self._tokenizer, self._generation.template, self._generation.chat)
-        require_room(prompts, self._encoded, max_positions(config), self._generation.max_new_tokens)
+        n_positions, n_new = max_positions(config), self._generation.max_new_tokens
+        require_room(prompts, self._encoded, self._tokenizer, n_positions, n_new)
+        self._config = load_generation_config(model.path, model.cache_dir)
+        prefix_ids = added_tokens(self._tokenizer)[0]
+        if settings.texts.perplexity_file or settings.texts.fit_acceptance:
+            n_prefix = len(prefix_ids) if settings.texts.with_bos else 0
+            require_windows_fit(config, model.path, settings.texts.window, n_prefix, ("--perplexity_window",))
         self._model_fingerprint = model_fingerprint(model.path, model.cache_dir)
         if settings.datastore is not None:
             tokenizer = tokenizer_fingerprint(self._tokenizer)
-            require_made_with(settings.datastore.trie_folder, model.path, tokenizer, self._model_fingerprint)
+            folder = settings.datastore.trie_folder
+            require_made_with(folder, model.path, tokenizer, self._model_fingerprint)
+            if prefix_ids and not reads_bos(folder):
+                LOGGER.warning("%s: its texts were read without BOS, which prompts have, so that %s", folder, LACKS_BOS)
         self._run_name = run_name(self._generation.decoding, settings.acceptance.similarity_threshold)
         map_path = settings.acceptance.map_path
         self._fitted: AcceptanceMap | None = read_map(map_path) if map_path else None
@@ -232,7 +257,7 @@ class Evaluation:
 
     def _text_reader(self) -> TextReader:
         texts = self._settings.texts
-        shape = WindowShape(texts.window, texts.window, min_length=2)
+        shape = WindowShape(texts.window, texts.window, min_length=2, with_bos=texts.with_bos)
         datastore = None if self._settings.datastore is None else self._datastore
         return TextReader(
             self._lm, self._tokenizer, datastore, shape, texts.max_windows, texts.batch_size, self._settings.save_dir
@@ -244,12 +269,15 @@ class Evaluation:
     def _run_settings(self) -> dict[str, dict[str, Any]]:
         """By the name of each run: all that decides its tokens. The baseline's are among those of every other run."""
         generation, datastore = self._generation, self._settings.datastore
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "cuda_graphs")
+        names = ("seed", "batch_size", "cuda_graphs")
         baseline: dict[str, Any] = {
             "model": self._model_fingerprint,
             "device": pick_device(self._settings.model.device).type,
         }
+        baseline |= {"max_new_tokens": generation.max_new_tokens} | self._drawing
         baseline |= {name: getattr(generation, name) for name in names} | {"dtype": self._settings.model.dtype}
+        if processors := config_of_processors(self._config):
+            baseline |= {"processors": processors}
         if generation.runs == "baseline":
             return {BASELINE: baseline}
         assert datastore is not None
@@ -279,10 +307,36 @@ class Evaluation:
         return ({BASELINE: baseline} if generation.runs == "both" else {}) | {self._run_name: with_datastore}
 
     def _generate(self) -> None:
-        """Generate every run that a prompt lacks, and save it as it ends."""
-        lacking = self._lacking_runs()
-        if not lacking:
-            return
+        """Generate every run that a prompt lacks, and save it as it ends; the turns of conversations one after the other."""
+        for turn in range(1 + max(prompt.turn for prompt in self._generation.prompts)):
+            if lacking := self._lacking_runs(turn):
+                self._generate_turn(lacking)
+
+    def _lacking_runs(self, turn: int) -> dict[str, list[Request]]:
+        """What is left to generate of the prompts that are of this turn, by the name of the run."""
+        indices = [prompt.index for prompt in self._generation.prompts if prompt.turn == turn]
+        prompt_ids = {name: {index: self._prompt_ids(name, index) for index in indices} for name in self._run_settings}
+        texts = [prompt.text for prompt in self._generation.prompts]
+        pending = pending_runs(
+            self._settings.save_dir, texts, prompt_ids, self._run_settings, self._generation.overwrite
+        )
+        n_new, seed = self._generation.max_new_tokens, self._generation.seed
+        return {
+            name: [Request(index, prompt_ids[name][index], n_new, seed) for index in lacking]
+            for name, lacking in pending.items()
+            if lacking
+        }
+
+    def _prompt_ids(self, name: str, index: int) -> list[int]:
+        """The token ids of a prompt; before a later turn of a conversation come the run's own answers."""
+        turns = conversation_of(self._generation.prompts, index)
+        if len(turns) == 1:
+            return self._encoded[index]
+        earlier = (read_run(self._settings.save_dir, turn.index, name) for turn in turns[:-1])
+        answers = [str(self._tokenizer.decode(each.new_token_ids, skip_special_tokens=True)) for each in earlier]
+        return encode_turn(turns, answers, self._tokenizer)
+
+    def _generate_turn(self, lacking: dict[str, list[Request]]) -> None:
         lm, stream = self._lm, None
         caches = self._make_caches(lm, lacking)
         with phase("warming up"):
@@ -291,7 +345,9 @@ class Evaluation:
             stream = TokenStream(sys.stdout, self._decode_text, use_colour(sys.stdout))
         on_tokens = None if stream is None else stream.write
         generations = {
-            name: decode(lm, requests, replace(self._decoding(name, lm), cache=caches[name], on_tokens=on_tokens))
+            name: decode(
+                lm, requests, replace(self._decoding(name, lm, requests), cache=caches[name], on_tokens=on_tokens)
+            )
             for name, requests in lacking.items()
         }
         total = sum(map(len, lacking.values()))
@@ -305,19 +361,6 @@ class Evaluation:
                     self._similarities += [proposal.similarity for proposal in generation.trace.proposals]
                 bar.update()
                 LOGGER.debug("prompt %s, %s: %s", generation.index, name, _costs(generation))
-
-    def _lacking_runs(self) -> dict[str, list[Request]]:
-        """What is left to generate, by the name of the run."""
-        pairs = [(prompt.text, ids) for prompt, ids in zip(self._generation.prompts, self._encoded, strict=True)]
-        pending = pending_runs(self._settings.save_dir, pairs, self._run_settings, self._generation.overwrite)
-        by_name = {
-            name: [self._request(index) for index, names in enumerate(pending) if name in names]
-            for name in self._run_settings
-        }
-        return {name: requests for name, requests in by_name.items() if requests}
-
-    def _request(self, index: int) -> Request:
-        return Request(index, self._encoded[index], self._generation.max_new_tokens, self._generation.seed)
 
     def _make_caches(self, lm: CausalLM, lacking: dict[str, list[Request]]) -> dict[str, KVCache]:
         """A cache for each run. With one row all share one: it is empty whenever another run takes its turn."""
@@ -333,19 +376,43 @@ class Evaluation:
         """Run each kind of decoding once, with all rows, since first calls are slow. Nothing of it is kept."""
         n_tokens = min(WARM_UP_TOKENS, self._generation.max_new_tokens)
         for name, cache in caches.items():
-            texts = [self._encoded[n % len(self._encoded)] for n in range(cache.n_rows)]
-            requests = [Request(n, prompt_ids, n_tokens) for n, prompt_ids in enumerate(texts)]
-            for _ in decode(lm, requests, replace(self._decoding(name, lm), cache=cache)):
+            requests = [Request(n, self._encoded[0], n_tokens) for n in range(cache.n_rows)]
+            for _ in decode(lm, requests, replace(self._decoding(name, lm, requests), cache=cache)):
                 pass
 
     def _verifies(self, name: str) -> bool:
         return name != BASELINE and self._generation.decoding == "verify"
 
-    def _decoding(self, name: str, lm: CausalLM) -> Decoding:
-        """How a run decodes, with a drafter of its own."""
+    @cached_property
+    def _drawing(self) -> dict[str, Any]:
+        """temperature, top_k and top_p: those that were given, else the generation config's where that samples."""
+        config = self._config.to_diff_dict() if self._config.do_sample else {}
+        given = {name: getattr(self._generation, name) for name in DRAWING}
+        return {
+            name: config.get(name, default) if given[name] is None else given[name] for name, default in DRAWING.items()
+        }
+
+    def _sampler(self, lm: CausalLM, requests: list[Request]) -> Sampler:
+        """With the processors that the model's generation config asks for."""
+        sampler = Sampler.from_settings(**self._drawing)
+        if not config_of_processors(self._config):
+            return sampler
+        # Some depend on how long the prompt is, such as the one of min_new_tokens.
+        of_requests = {
+            request.index: processors_of(lm.model, request.prompt_ids, request.max_new_tokens, sampler.greedy)
+            for request in requests
+        }
+
+        def process(index: int, token_ids: list[int], logits: Tensor) -> Tensor:
+            return run_processors(of_requests[index], upload([token_ids], logits.device), logits)
+
+        return replace(sampler, process=process)
+
+    def _decoding(self, name: str, lm: CausalLM, requests: list[Request]) -> Decoding:
+        """How a run decodes these requests, with a drafter of its own."""
         generation = self._generation
         decoding = Decoding(
-            sampler=Sampler.from_settings(generation.temperature, generation.top_k, generation.top_p),
+            sampler=self._sampler(lm, requests),
             eos_token_ids=eos_token_ids(lm.model.generation_config, self._tokenizer),
         )
         if name == BASELINE:
@@ -357,14 +424,17 @@ class Evaluation:
 
     def _save(self, lm: CausalLM, name: str, generation: Generation) -> None:
         nll = negative_log_likelihood(lm, generation.prompt_ids, generation.new_token_ids)
-        prefix = self._generation.prompts[generation.index].text
-        save_run(self._settings.save_dir, name, generation, prefix, self._run_settings[name], self._decode_text, nll)
+        prompt, settings = self._generation.prompts[generation.index], self._run_settings[name]
+        save_dir = self._settings.save_dir
+        save_run(save_dir, name, generation, prompt.text, settings, self._decode_text, nll, turn=prompt.turn)
 
     def _save_as_corpus(self, folder: Path) -> None:
         """Write the generated texts as stage 1 writes a corpus, all in train; each with its prompt, as the model read it."""
         make_folder(folder)
-        name, n_prompts = next(iter(self._run_settings)), len(self._generation.prompts)
-        texts = [self._corpus_text(read_run(self._settings.save_dir, i, name).token_ids) for i in range(n_prompts)]
+        name, prompts = next(iter(self._run_settings)), self._generation.prompts
+        # The last turn of a conversation has the others before it.
+        last = [i for i in range(len(prompts)) if i + 1 == len(prompts) or not prompts[i + 1].turn]
+        texts = [self._corpus_text(read_run(self._settings.save_dir, i, name).token_ids) for i in last]
         for split in SPLITS:
             write_json_list(split_path(folder, split), [{"text": text} for text in texts] if split == "train" else [])
         self._parts.append(f"{len(texts)} texts as a corpus: {split_path(folder, 'train')}")

@@ -238,25 +238,30 @@ def load_config(model_path: str, cache_dir: Path | None = None) -> Any:
     return config
 
 
+def load_generation_config(model_path: str, cache_dir: Path | None = None) -> GenerationConfig:
+    """What the model's `generation_config.json` says; that of its config where there is none."""
+    source = find_source(model_path, cache_dir)
+    try:
+        with _quiet():
+            return GenerationConfig.from_pretrained(source.base, cache_dir=cache_dir)
+    except (OSError, ValueError, TypeError):
+        return GenerationConfig.from_model_config(load_config(model_path, cache_dir))
+
+
 def max_positions(config: Any) -> int | None:
     """The longest sequence that the model reads; None where positions are relative and have no bound."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def require_windows_fit(
-    config: Any,
-    model_path: str,
-    n_tokens: int,
-    n_prefix: int,
-    flag: str = "--chunk_size",
-    and_flag: str = " and --stride",
+    config: Any, model_path: str, n_tokens: int, n_prefix: int, flags: tuple[str, ...] = ("--chunk_size", "--stride")
 ) -> None:
     """Raise InputError where the model cannot read windows of `n_tokens` tokens, and `n_prefix` before them."""
     n_positions = max_positions(config)
     if n_positions is not None and n_tokens + n_prefix > n_positions:
         less = f", {n_prefix} for BOS" if n_prefix else ""
-        message = f"{flag} {n_tokens}: {model_path} reads {n_positions} tokens at most{less}"
-        raise InputError(f"{message}; give {flag}{and_flag} of at most {n_positions - n_prefix}")
+        message = f"{flags[0]} {n_tokens}: {model_path} reads {n_positions} tokens at most{less}"
+        raise InputError(f"{message}; give {' and '.join(flags)} of at most {n_positions - n_prefix}")
 
 
 def require_known_ids(config: Any, model_path: str, largest_id: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
+    GenerationConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
@@ -34,6 +35,7 @@ NO_DISTRIBUTION = -1
 READ_LOGITS_ALONE = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
+    GenerationConfig,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -115,14 +117,19 @@ def uniforms(seed: int, sequence: int, stream: int, n: int) -> np.ndarray:
 # ---- The model's generation config
 
 
-def config_of_processors(model: PreTrainedModel) -> dict[str, Any]:
-    """What the model's generation config asks of logits processors beyond temperature, top-k and top-p."""
-    said = model.generation_config.to_diff_dict()
+def config_of_processors(config: GenerationConfig) -> dict[str, Any]:
+    """What a generation config asks of logits processors beyond temperature, top-k and top-p."""
+    said = config.to_diff_dict()
     return {name: value for name, value in said.items() if name not in NOT_OF_PROCESSORS and value is not None}
 
 
-def processors_of(model: PreTrainedModel, prompt_ids: list[int], max_new_tokens: int, sampler: Sampler) -> Process:
-    """The processors that `generate` would use for a prompt, but for those of temperature, top-k and top-p."""
+def processors_of(
+    model: PreTrainedModel, prompt_ids: list[int], max_new_tokens: int, greedy: bool
+) -> LogitsProcessorList:
+    """The processors that `generate` would use for a prompt, but for those of temperature, top-k and top-p.
+
+    Raises InputError where the generation config is not one that `generate` takes.
+    """
     found: list[LogitsProcessorList] = []
 
     def record(model: Any, input_ids: Tensor, logits_processor: LogitsProcessorList, **_: Any) -> Tensor:
@@ -130,9 +137,7 @@ def processors_of(model: PreTrainedModel, prompt_ids: list[int], max_new_tokens:
         return input_ids
 
     input_ids = upload([prompt_ids], model.device)
-    drawing = (
-        {"do_sample": False} if sampler.greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    )
+    drawing = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     generate: Any = model.generate
     generate(
         input_ids,
@@ -141,9 +146,4 @@ def processors_of(model: PreTrainedModel, prompt_ids: list[int], max_new_tokens:
         max_new_tokens=max_new_tokens,
         **drawing,
     )
-    processors = found[0]
-
-    def process(_: int, token_ids: list[int], logits: Tensor) -> Tensor:
-        return run_processors(processors, upload([token_ids], logits.device), logits)
-
-    return process
+    return found[0]

@@ -6,8 +6,9 @@ asks for it.
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,24 +28,29 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its text, its place in the file counted from 0 (as in prompt_{index}.json), and the file."""
+    """One prompt: its text, its number counted from 0 (as in prompt_{index}.json), and the file.
+
+    turn: its place in a conversation, counted from 0; earlier turns have the numbers just before it.
+    """
 
     text: str
     index: int
     path: Path
+    turn: int = 0
 
     def __str__(self) -> str:
         return f"{self.path}: prompt {self.index} (counted from 0)"
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path, all_turns: bool = False, n_copies: int = 1) -> list[Prompt]:
     """The prompts of a file: a JSON list of strings or objects, or JSON Lines such as MT-Bench's questions.
 
-    Of an object, `prompt` or `text` is the prompt, or the first of its `turns`. Raises InputError where the file is
-    missing, not UTF-8, not whole, has no prompts, or one of them is empty or not a text.
+    path: - is the standard input. Of an object, `prompt` or `text` is the prompt, or its `turns` are several: with
+    all_turns each is a prompt, else the first one is, with a warning. n_copies: each conversation so many times in a row.
+    Raises InputError where the file is missing, not UTF-8, not whole, has no prompts, or one of them is empty or not a
+    text.
     """
-    with open_text(require_file(path, "holds the prompts")) as file:
-        text = file.read()
+    text = _read_text(path)
     if not text.strip():
         raise InputError(f"{path}: is empty; expected {LAYOUTS}")
     if text.lstrip()[0] == "[":
@@ -55,7 +61,32 @@ def read_prompts(path: Path) -> list[Prompt]:
         entries = [_parse_json(line, path, number) for number, line in lines if line.strip()]
     if not entries:
         raise InputError(f"{path}: is a list without prompts; expected {LAYOUTS}")
-    return [Prompt(_prompt_text(path, index, entry), index, path) for index, entry in enumerate(entries)]
+    prompts: list[Prompt] = []
+    n_left_out = 0
+    for entry in entries:
+        turns = _turns(path, len(prompts), entry)
+        n_left_out += 0 if all_turns else len(turns) - 1
+        for _ in range(n_copies):
+            for turn, text in enumerate(turns if all_turns else turns[:1]):
+                prompts.append(Prompt(text, len(prompts), path, turn))
+    if n_left_out:
+        LOGGER.warning(
+            "%s: only the first turn of each prompt is used, %s are left out; --chat uses all", path, n_left_out
+        )
+    return prompts
+
+
+def _read_text(path: Path) -> str:
+    if str(path) == "-":
+        try:
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"the standard input: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    # A pipe is no regular file, but can be read like one, once.
+    if not path.is_fifo():
+        require_file(path, "holds the prompts")
+    with open_text(path) as file:
+        return file.read()
 
 
 def _parse_json(text: str, path: Path, first_line: int) -> Any:
@@ -68,24 +99,20 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
         raise InputError(f"{path}: JSON that cannot be read ({error}); expected {LAYOUTS}") from error
 
 
-def _prompt_text(path: Path, index: int, entry: Any) -> str:
+def _turns(path: Path, index: int, entry: Any) -> list[str]:
+    """The texts of an entry, of which a conversation has several."""
     where = Prompt("", index, path)
-    text = _text_of(entry)
-    if not isinstance(text, str):
-        raise InputError(f"{where} is {json.dumps(entry)[:60]}; expected {LAYOUTS}")
-    if not text.strip():
-        raise InputError(f"{where} is empty; give it a text or take it out")
-    _require_unicode(text, str(where))
-    return text
-
-
-def _text_of(entry: Any) -> Any:
-    """The value in the place of an entry's text; None where there is no such place."""
-    if not isinstance(entry, dict):
-        return entry
-    found = next((entry[key] for key in ("prompt", "text") if key in entry), None)
-    turns = entry.get("turns")
-    return turns[0] if found is None and isinstance(turns, list) and turns else found
+    turns = [entry]
+    if isinstance(entry, dict):
+        found = next((entry[key] for key in ("prompt", "text") if key in entry), entry.get("turns"))
+        turns = found if isinstance(found, list) and found else [found]
+    for text in turns:
+        if not isinstance(text, str):
+            raise InputError(f"{where} is {json.dumps(entry)[:60]}; expected {LAYOUTS}")
+        if not text.strip():
+            raise InputError(f"{where} is empty; give it a text or take it out")
+        _require_unicode(text, str(where))
+    return turns
 
 
 def _require_unicode(text: str, where: str) -> None:
@@ -96,11 +123,6 @@ def _require_unicode(text: str, where: str) -> None:
         raise InputError(
             f"{where} holds {character}, half of a surrogate pair, which is no character; mend it"
         ) from error
-
-
-def repeated(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
-    """Each prompt n times in a row, with new numbers."""
-    return [replace(prompt, index=n * prompt.index + i) for prompt in prompts for i in range(n)]
 
 
 # ---- Token ids
@@ -133,9 +155,9 @@ def encode_prompts(
     """The token ids of each prompt, with the special tokens that the tokenizer adds before a text by default.
 
     What it adds after a text, such as EOS, is left out with a warning: generation would go on after the end.
-
     template: every `{prompt}` in it becomes the prompt. chat: the prompt is the user's turn in the tokenizer's chat
-    template, up to where the assistant's begins; the template's special tokens are the only ones. Raises InputError
+    template, up to where the assistant's begins; the template's special tokens are the only ones. Later turns of a
+    conversation have ids once the answers before them are known (`encode_turn`), and none here. Raises InputError
     where both are given, the template has no place for the prompt, the tokenizer has no chat template, or a prompt
     has no tokens.
     """
@@ -146,39 +168,75 @@ def encode_prompts(
     if suffix and prompts:
         text = tokenizer.decode(suffix)
         LOGGER.warning("the tokenizer adds %r after a text, which is left out: prompts are to be continued", text)
-    return [_encode(prompt, tokenizer, template or PLACEHOLDER, chat, len(suffix)) for prompt in prompts]
+    encoded: list[list[int]] = []
+    for prompt in prompts:
+        if prompt.turn:
+            encoded.append([])
+        elif chat:
+            encoded.append(encode_turn([prompt], [], tokenizer))
+        else:
+            text = (template or PLACEHOLDER).replace(PLACEHOLDER, prompt.text)
+            token_ids = tokenizer(text, verbose=False)["input_ids"]
+            encoded.append(_require_tokens(prompt, token_ids[: len(token_ids) - len(suffix)]))
+    return encoded
 
 
-def _encode(
-    prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", template: str, chat: bool, n_suffix: int
+def encode_turn(
+    conversation: Sequence[Prompt], answers: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[int]:
-    text = _render_chat(prompt, tokenizer) if chat else template.replace(PLACEHOLDER, prompt.text)
+    """The token ids of the last turn of a conversation, in the tokenizer's chat template.
+
+    conversation: all its turns so far; answers: the assistant's to those before the last. Raises InputError where they
+    do not fit the template.
+    """
+    from jinja2 import TemplateError
+
+    messages = []
+    for n, turn in enumerate(conversation):
+        messages.append({"role": "user", "content": turn.text})
+        messages += [{"role": "assistant", "content": answer} for answer in answers[n : n + 1]]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except (TemplateError, ValueError) as error:
+        message = f"{conversation[-1]} does not fit the tokenizer's chat template ({error})"
+        raise InputError(f"{message}; leave --chat out") from error
     # verbose: a prompt that is too long is refused by require_room, in our words.
-    token_ids = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
-    token_ids = token_ids[: len(token_ids) - n_suffix]
+    return _require_tokens(conversation[-1], tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _require_tokens(prompt: Prompt, token_ids: Any) -> list[int]:
     if not token_ids:
         raise InputError(f"{prompt} has no tokens in this model's tokenizer; give it another text")
     return list(token_ids)
 
 
-def _render_chat(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> str:
-    from jinja2 import TemplateError
-
-    messages = [{"role": "user", "content": prompt.text}]
-    try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except (TemplateError, ValueError) as error:
-        raise InputError(f"{prompt} does not fit the tokenizer's chat template ({error}); leave --chat out") from error
+def conversation_of(prompts: Sequence[Prompt], index: int) -> Sequence[Prompt]:
+    """The turns of a prompt's conversation up to that prompt."""
+    return prompts[index - prompts[index].turn : index + 1]
 
 
 def require_room(
-    prompts: Sequence[Prompt], encoded: Sequence[Sequence[int]], n_positions: int | None, max_new_tokens: int
+    prompts: Sequence[Prompt],
+    encoded: Sequence[Sequence[int]],
+    tokenizer: "PreTrainedTokenizerBase",
+    n_positions: int | None,
+    max_new_tokens: int,
 ) -> None:
-    """Raise InputError where a prompt and the new tokens do not fit the model's positions; None: they have no bound."""
+    """Raise InputError where a prompt and the new tokens do not fit the model's positions; None: they have no bound.
+
+    A later turn has to fit with the longest answers to those before it.
+    """
     if n_positions is None:
         return
-    bound = n_positions - max_new_tokens
     for prompt, token_ids in zip(prompts, encoded, strict=True):
-        if len(token_ids) > bound:
+        n_answers, n_tokens = prompt.turn, len(token_ids)
+        if n_answers:
+            turns = conversation_of(prompts, prompt.index)
+            n_tokens = len(encode_turn(turns, [""] * n_answers, tokenizer)) + n_answers * max_new_tokens
+        bound = n_positions - max_new_tokens
+        if n_tokens > bound:
             room = f"the model's {n_positions} positions less {max_new_tokens} new tokens leave {max(bound, 0)}"
-            raise InputError(f"{prompt} has {len(token_ids)} tokens, {room}; shorten it or lower --max_new_tokens")
+            of_answers = ", the answers before it included" if n_answers else ""
+            raise InputError(
+                f"{prompt} has {n_tokens} tokens{of_answers}, {room}; shorten it or lower --max_new_tokens"
+            )
