@@ -440,11 +440,11 @@ class Evaluation:
         self._parts.append(f"{len(texts)} texts as a corpus: {split_path(folder, 'train')}")
 
     def _corpus_text(self, token_ids: list[int]) -> str:
-        """Without the tokens of begin and end, which stage 2's windows do not have either."""
-        marks = {self._tokenizer.bos_token_id, *eos_token_ids(self._lm.model.generation_config, self._tokenizer)}
-        first = 1 if token_ids[0] in marks else 0
-        last = len(token_ids) - (1 if token_ids[-1] in marks else 0)
-        return self._decode_text(token_ids[first:last])
+        """Without the tokens that the tokenizer adds before a text, as it does in stage 2 again, and without EOS."""
+        prefix_ids, _ = added_tokens(self._tokenizer)
+        first = len(prefix_ids) if token_ids[: len(prefix_ids)] == prefix_ids else 0
+        has_ended = token_ids[-1] in eos_token_ids(self._lm.model.generation_config, self._tokenizer)
+        return self._decode_text(token_ids[first:-1] if has_ended else token_ids[first:])
 
     # ---- What came out
 
