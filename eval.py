@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH keeps out
 from utils.cli import (
     COSINE,
     NON_NEGATIVE_INT,
@@ -23,6 +24,7 @@ from utils.cli import (
     add_datastore_labels,
     add_excluded_tries,
     add_model,
+    add_threads,
     add_verify_checksums,
     run_script,
 )
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = StageParser(__doc__)
     add_model(parser)
+    add_threads(parser)
     source = parser.add_argument_group("datastore (not needed with --gen_baseline_only)")
     source.add_argument("--token_trie_dir", type=Path, help="the --output_dir of stage 3, or a trie folder in it")
     add_datastore_labels(parser, "--dataset", required=False)
@@ -290,7 +293,7 @@ def settings_of(
         batch_size=args.perplexity_batch_size,
     )
     return runner.EvaluationSettings(
-        model=runner.ModelSettings(args.model_path, args.cache_dir, args.device, args.dtype),
+        model=runner.ModelSettings(args.model_path, args.cache_dir, args.device, args.dtype, args.threads),
         datastore=datastore,
         acceptance=runner.AcceptanceSettings(
             args.similarity_threshold, args.acceptance, args.q_max, args.acceptance_map

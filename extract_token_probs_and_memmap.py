@@ -17,10 +17,21 @@ Run again after an interruption, it goes on where it was; with more outputs aske
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import NON_NEGATIVE_INT, POSITIVE_INT, StageParser, add_model, boolean, file_name, run_script
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH keeps out
+from utils.cli import (
+    NON_NEGATIVE_INT,
+    POSITIVE_INT,
+    StageParser,
+    add_model,
+    add_threads,
+    boolean,
+    file_name,
+    run_script,
+)
 from utils.extraction.distributed import joined_ranks
 from utils.text.expert_spans import N_SPANS
 from utils.text.windows import WindowShape
@@ -32,6 +43,7 @@ if TYPE_CHECKING:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = StageParser(__doc__)
     add_model(parser)
+    add_threads(parser)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder that preprocess_dataset.py wrote")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the output")
     parser.add_argument("--partition", type=file_name, required=True, help="split to read, such as train")
@@ -128,6 +140,7 @@ def settings_of(args: argparse.Namespace, windows: WindowShape) -> "ExtractionSe
         cache_dir=args.cache_dir,
         device=args.device,
         dtype=args.dtype,
+        n_threads=args.threads,
         device_map=args.device_map,
         data_dir=args.data_dir,
         partition=args.partition,

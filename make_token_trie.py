@@ -15,9 +15,11 @@ Run again after an interruption, it goes on where it was. Slices (--k) may run a
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH keeps out
 from utils.cli import (
     NON_NEGATIVE_INT,
     POSITIVE_INT,

@@ -13,11 +13,13 @@ character are left out. Run again after an interruption, it makes only the split
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from platform import python_version
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH keeps out
 from utils.cli import POSITIVE_INT, Range, StageParser, add_cache_dir, run_script
 from utils.files import InputError, exclusive_lock, make_folder, require_folder
 from utils.manifest import Manifest, begin_stage, finish_stage, list_files, read_manifest

@@ -16,9 +16,11 @@ Run again after an interruption, it goes on where it was.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH keeps out
 from utils.cli import (
     NON_NEGATIVE_INT,
     Range,
@@ -126,6 +128,7 @@ def run(args: argparse.Namespace, corpus: Corpus, extraction: Manifest, unit_byt
     labels = (args.dataset_name, args.model_ds, args.model_gen, args.partition, args.tok_prob_threshold)
     folder = trie_folder_path(args.output_dir, *labels)
     lists = ChunkListPaths(args.output_dir, args.dataset_name, args.model_ds, args.partition, args.tok_prob_threshold)
+    lists.require_names_fit()
     refuse_files_without_manifest(folder)
     lists.refuse_files_without_manifest()
     make_folder(folder)

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from errno import ENAMETOOLONG
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,6 +88,12 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except InputError as error:
         sys.exit(_final_message(prog, f"error: {error}", 2))
+    except OSError as error:
+        if error.errno != ENAMETOOLONG:
+            raise
+        name = Path(str(error.filename)).name
+        message = f"error: {name[:60]}…: is too long for the name of a file; give shorter labels"
+        sys.exit(_final_message(prog, message, 2))
     except KeyboardInterrupt as interrupt:
         what, status = ("terminated", 143) if isinstance(interrupt, Terminated) else ("interrupted", 130)
         sys.exit(_final_message(prog, f"{what}; run the same command again and it goes on from here", status))
@@ -193,6 +200,16 @@ def add_model(parser: Parser, default: str | None = None) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="of the model's weights; auto: the checkpoint's on CUDA, float32 on CPU",
+    )
+
+
+def add_threads(parser: Parser) -> None:
+    parser.add_argument(
+        "--threads",
+        type=POSITIVE_INT,
+        metavar="N",
+        help="threads that torch computes with (default: OMP_NUM_THREADS, or those of the run that is continued, or, on a "
+        "CPU, torch's own number or one, whichever reads a text faster at the start)",
     )
 
 

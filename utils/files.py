@@ -3,9 +3,12 @@
 A file is written under a temporary name and renamed, so that it is there whole or not at all (`replacing`).
 """
 
+import bz2
 import errno
+import gzip
 import hashlib
 import logging
+import lzma
 import os
 import re
 import shutil
@@ -13,11 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, flock, lockf
 from functools import cache
-from io import TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import TextIO
+from typing import Any, BinaryIO, TextIO
+from zlib import error as ZlibError
 
 LOGGER = logging.getLogger(__name__)
+COMPRESSION_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 # What file systems without locks answer: NFS without a lock daemon, Lustre without -o flock, some FUSE drives.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 # HDF5 hides the system's error number in a message of many lines.
@@ -113,20 +118,32 @@ def _require(path: Path, is_there: bool, kind: str, made_by: str) -> Path:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 file open for reading, its byte order mark skipped; the block may do nothing but read.
+    """A UTF-8 file open for reading, compressed or not, its byte order mark skipped; the block may do nothing but read.
 
     Raises InputError where the file cannot be read, with the byte's number where it is not UTF-8.
     """
     try:
-        with open(path, "rb") as raw, TextIOWrapper(raw, encoding="utf-8-sig") as file:
+        with _open_binary(path) as raw, TextIOWrapper(raw, encoding="utf-8-sig") as file:
             try:
                 yield file
             except UnicodeDecodeError as error:
                 # `error` counts from the start of the block that was read last.
                 byte = raw.tell() - len(error.object) + error.start
                 raise InputError(f"{path}: is not UTF-8 (byte {byte}); save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path and the disk") from error
+    except (OSError, EOFError, lzma.LZMAError, ZlibError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason}); check the path and the disk") from error
+
+
+def _open_binary(path: Path) -> BinaryIO:
+    """A file open for reading, decompressed where its name says that it is compressed."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow  # imported late: few files are .zst
+
+        return BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(suffix, open)(path, "rb")
 
 
 def file_fingerprint(path: Path) -> str:

@@ -11,6 +11,7 @@ datastores of one text that differ in that, or in γ, share the lists that are t
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ from utils.workers import in_processes, n_workers_for
 BATCH_TOKENS = 1 << 15
 # Tokens whose chunks one process finds in a second (benchmarks/build.py).
 TOKENS_PER_S = 400_000
+# Bytes of a file's name: file systems allow 255, and a file is written under its name with a dot and .tmp around it.
+LONGEST_NAME = 250
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,15 @@ class ChunkListPaths:
         kinds = ("token_prob_list.json", "all_phrases_", "all_filtered_tok_probs_")
         starts = tuple(f"{self._stem}_{kind}" for kind in kinds)
         return [path for path in self.output_dir.iterdir() if path.name.startswith(starts)]
+
+    def require_names_fit(self) -> None:
+        """Raise InputError where the labels make a longer file name than file systems allow."""
+        longest = max((path.name for path in self.lists), key=len)
+        if len(os.fsencode(longest)) > LONGEST_NAME:
+            raise InputError(
+                f"{longest[:60]}…: the labels make a file name of {len(os.fsencode(longest))} bytes, expected at most "
+                f"{LONGEST_NAME}; give a shorter --dataset_name, --model_ds or --partition"
+            )
 
     def refuse_files_without_manifest(self) -> None:
         """Raise InputError where there are lists without a manifest: nothing says what they were made from."""

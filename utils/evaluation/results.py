@@ -106,6 +106,12 @@ def pending_runs(
     return {name: [index for index in prompt_ids[name] if (name, index) not in done] for name in runs}
 
 
+def stored_threads(save_dir: Path) -> int | None:
+    """How many threads torch computed the first stored run with; None where none is stored."""
+    metrics = (run for _, results in stored_results(save_dir) for run in results["metrics"].values())
+    return next((run["threads"] for run in metrics if isinstance(run.get("threads"), int) and run["threads"] > 0), None)
+
+
 def _difference(
     results: Results, name: str, settings: Mapping[str, Any], text: str | None, prompt_ids: list[int] | None
 ) -> str | None:
@@ -169,6 +175,7 @@ def save_run(
     settings: Mapping[str, Any],
     decode: Detokenize,
     nll: float | None = None,
+    n_threads: int | None = None,
     session: str = SESSION,
     turn: int = 0,
 ) -> None:
@@ -176,7 +183,7 @@ def save_run(
 
     prefix: the prompt's text. settings: what decides the run's tokens and speed, of values that JSON holds. The
     baseline's are to be those that every run has, since a run is compared with a baseline whose settings are all
-    among its own. nll: of the new tokens under the base LM, in nats. turn: of the prompt in its conversation. Raises ValueError where the file there is of
+    among its own. nll: of the new tokens under the base LM, in nats. n_threads: that torch computed with. turn: of the prompt in its conversation. Raises ValueError where the file there is of
     another prompt, which `pending_runs` would have refused.
     """
     path = prompt_path(make_folder(save_dir), generation.index)
@@ -198,7 +205,7 @@ def save_run(
             for chunk in generation.chunks
         ]
     results["time"][_time_key(name)] = generation.stats.seconds
-    results["metrics"][name] = _metrics(generation, nll)
+    results["metrics"][name] = _metrics(generation, nll) | ({"threads": n_threads} if n_threads else {})
     results["settings"][name] = _as_stored(settings)
     results["session"][name] = session
     if generation.trace is not None:

@@ -31,6 +31,7 @@ from utils.evaluation.results import (
     read_run,
     run_name,
     save_run,
+    stored_threads,
 )
 from utils.evaluation.summary import TokenStream, format_example, format_table, typical_prompt, write_summary
 from utils.files import InputError, file_fingerprint, make_folder
@@ -51,6 +52,7 @@ from utils.lm.model import (
 )
 from utils.lm.sampling import Sampler, config_of_processors, processors_of, run_processors
 from utils.lm.scoring import negative_log_likelihood
+from utils.lm.threads import use_threads
 from utils.progress import ProgressBar, phase
 from utils.tables import use_colour
 from utils.text.corpora import SPLITS, split_path
@@ -69,12 +71,13 @@ DRAWING: dict[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The model that generates: a folder or hub name, where it is put, and the dtype of its weights."""
+    """The model that generates: a folder or hub name, where it is put, its dtype, and torch's threads."""
 
     path: str
     cache_dir: Path | None
     device: str
     dtype: str
+    n_threads: int | None = None  # None: what is fastest
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,9 @@ class Evaluation:
     @cached_property
     def _lm(self) -> CausalLM:
         model = self._settings.model
-        return load_lm(model.path, model.device, model.dtype, model.cache_dir)
+        lm = load_lm(model.path, model.device, model.dtype, model.cache_dir)
+        use_threads(lm, model.n_threads, stored_threads(self._settings.save_dir), n_tokens=1)
+        return lm
 
     @cached_property
     def _datastore(self) -> Datastore:
@@ -426,7 +431,8 @@ class Evaluation:
         nll = negative_log_likelihood(lm, generation.prompt_ids, generation.new_token_ids)
         prompt, settings = self._generation.prompts[generation.index], self._run_settings[name]
         save_dir = self._settings.save_dir
-        save_run(save_dir, name, generation, prompt.text, settings, self._decode_text, nll, turn=prompt.turn)
+        n_threads = torch.get_num_threads()
+        save_run(save_dir, name, generation, prompt.text, settings, self._decode_text, nll, n_threads, turn=prompt.turn)
 
     def _save_as_corpus(self, folder: Path) -> None:
         """Write the generated texts as stage 1 writes a corpus, all in train; each with its prompt, as the model read it."""

@@ -45,6 +45,7 @@ from utils.lm.model import (
     require_windows_fit,
 )
 from utils.lm.scoring import PendingScores, WindowScores, find_batch_size, require_finite, start_scoring
+from utils.lm.threads import use_threads
 from utils.manifest import (
     Manifest,
     begin_stage,
@@ -66,7 +67,7 @@ MAX_PENDING_BATCHES = 4
 # The work is cut into so many places, of which each rank or shard takes a range: shares differ by a batch at most.
 N_PLACES = 1 << 40
 # Keys of an unfinished run's results, for the runs that continue it.
-HIDDEN_SIZE, N_SHARDS = "hidden_size", "num_shards"
+HIDDEN_SIZE, N_SHARDS, N_THREADS = "hidden_size", "num_shards", "threads"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class ExtractionSettings:
     cache_dir: Path | None
     device: str
     dtype: str
+    n_threads: int | None  # None: that of an earlier run, else what is fastest
     device_map: str | None
     data_dir: Path
     partition: str
@@ -97,15 +99,17 @@ class PreviousRun:
     results: dict[str, Any] = field(default_factory=dict)
     hidden_size: int | None = None
     n_shards: int | None = None
+    n_threads: int | None = None
     batch_size: int | None = None
     is_complete: bool = False  # all that is asked for is there
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What all ranks must agree on before they begin: the windows of a batch, and the results about expert spans."""
+    """What all ranks must agree on before they begin: the windows of a batch, torch's threads, and the results about expert spans."""
 
     batch_size: int
+    n_threads: int | None  # None: nothing is computed
     span_results: dict[str, Any]
 
 
@@ -171,6 +175,8 @@ class _Run:
         if self.settings.shard is None:
             hidden_size = lm.hidden_size if lm else previous.hidden_size
             results = previous.results or _results(plan, total.nll, hidden_size)
+            if run_plan.n_threads:
+                results = {N_THREADS: run_plan.n_threads} | results
             results = self._conclude(results | run_plan.span_results, plan)
         return Outcome(results, total.n_windows, speed)
 
@@ -242,6 +248,7 @@ class _Run:
             results,
             manifest.results.get(HIDDEN_SIZE),
             manifest.results.get(N_SHARDS),
+            manifest.results.get(N_THREADS),
             self.arguments["batch_size"],
             state.is_complete(results),
         )
@@ -302,27 +309,32 @@ class _Run:
         if settings.shard is not None and batch_size and not self._batches_left(plan, batch_size, is_left):
             is_done = True
         if is_done:
-            return None, RunPlan(batch_size or 0, self.ranks.broadcast(lambda: self._mark_spans(plan)))
+            spans = self.ranks.broadcast(lambda: self._mark_spans(plan))
+            return None, RunPlan(batch_size or 0, previous.n_threads, spans)
         device = self.ranks.device(settings.device) if settings.device_map is None else settings.device
         lm = load_lm(settings.model_path, device, settings.dtype, settings.cache_dir, settings.device_map)
-        return lm, self.ranks.broadcast(lambda: self._begin_computing(lm, plan))
+        run_plan = self.ranks.broadcast(lambda: self._begin_computing(lm, plan))
+        use_threads(lm, run_plan.n_threads, None, 1)
+        return lm, run_plan
 
     def _begin_computing(self, lm: CausalLM, plan: WindowPlan) -> RunPlan:
         """Now that the model works: write the manifest, the expert spans, and the `.h5` without rows."""
         # Shards that start at the same time do this one after the other.
         with exclusive_lock(self.files.output_dir, f"{self.files.partition}_manifest", wait=True):
+            n_tokens = int(plan.lengths.max()) + len(plan.prefix_ids)
             if self.arguments["batch_size"] is None and not self.files.manifest.exists():
-                self.arguments["batch_size"] = find_batch_size(lm, int(plan.lengths.max()) + len(plan.prefix_ids))
+                self.arguments["batch_size"] = find_batch_size(lm, n_tokens)
             manifest = self._begin()
+            n_threads = use_threads(lm, self.settings.n_threads, manifest.results.get(N_THREADS), n_tokens)
             if not manifest.complete:
-                known: dict[str, Any] = {HIDDEN_SIZE: lm.hidden_size}
+                known: dict[str, Any] = {HIDDEN_SIZE: lm.hidden_size, N_THREADS: n_threads}
                 known |= {N_SHARDS: self.settings.num_shards} if self.settings.num_shards else {}
                 save_manifest(self.files.manifest, replace(manifest, results=known))
             if self.settings.requested.memmap:
                 shape = self._shape(plan, lm.hidden_size)
                 if not ExtractionState(self.files, self.settings.requested).has_h5(shape):
                     PartialH5.begin(self.files.part, shape)
-            return RunPlan(self.arguments["batch_size"], self._mark_spans(plan))
+            return RunPlan(self.arguments["batch_size"], n_threads, self._mark_spans(plan))
 
     def _mark_spans(self, plan: WindowPlan) -> dict[str, Any]:
         """Write which tokens lie in expert spans; returns what the results say of them."""

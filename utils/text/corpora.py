@@ -10,17 +10,18 @@ A new dataset is one function that yields its passages, and one line in `CORPORA
 import hashlib
 import json
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from glob import escape
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
-from utils.files import InputError, file_fingerprint, open_text, require_file
+from utils.files import COMPRESSION_SUFFIXES, InputError, file_fingerprint, open_text, require_file
 from utils.json_io import iter_json_list, json_list_writer
 from utils.manifest import read_manifest, require_as_written
 from utils.progress import ProgressBar
@@ -285,35 +286,37 @@ def _repository_files(source: Source, name: str, pattern: str) -> str:
 
 
 def _hub_rows(source: Source, name: str, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a streamed `load_dataset` of the hub repository `name`."""
-    if source.hub_mirror is None:
-        remedy = "check the network, or give a folder that holds copies of the hub's datasets with --hub_mirror"
-    else:
-        remedy = f"expected a whole copy of the hub's repository in {source.hub_mirror / name}"
-    what = f"{source.dataset}: {name} cannot be read"
-    yield from _rows(what, remedy, *args, cache_dir=source.cache_dir, **kwargs)
-
-
-def _rows(what: str, remedy: str, *args: Any, by_row_group: bool = False, **kwargs: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a streamed `load_dataset`; its failures become InputError, the reason between `what` and `remedy`.
-
-    by_row_group: hold one row group of a parquet file, not what was read of the file so far; opens all files first.
-    """
+    """The rows of a streamed `load_dataset` of the hub repository `name`; its failures become InputError."""
     # Imported late: it takes a second, and wrong flags are answered before.
     import datasets
     from pyarrow import ArrowException
 
+    if source.hub_mirror is None:
+        remedy = "check the network, or give a folder that holds copies of the hub's datasets with --hub_mirror"
+    else:
+        remedy = f"expected a whole copy of the hub's repository in {source.hub_mirror / name}"
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error is in the message
     datasets.disable_progress_bars()
+    _require_cache(source.cache_dir or Path(datasets.config.HF_DATASETS_CACHE))
     try:
-        rows = datasets.load_dataset(*args, streaming=True, **kwargs)
-        yield from rows.reshard() if by_row_group else rows
+        yield from datasets.load_dataset(*args, streaming=True, cache_dir=source.cache_dir, **kwargs)
     except Exception as error:
         # The hub's client lets errors of its HTTP library through, whose name differs from version to version.
         is_httpx = any(kind.__module__.startswith("httpx") for kind in type(error).__mro__)
         if not is_httpx and not isinstance(error, OSError | ValueError | EOFError | LZMAError | ArrowException):
             raise
-        raise InputError(f"{what} ({_first_line(error)}); {remedy}") from error
+        raise InputError(f"{source.dataset}: {name} cannot be read ({_first_line(error)}); {remedy}") from error
+
+
+def _require_cache(folder: Path) -> None:
+    """Raise InputError where `datasets` cannot keep what it reads, as with a HOME that is read-only."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(folder, os.W_OK)
+    except OSError:
+        is_writable = False
+    if not is_writable:
+        raise InputError(f"{folder}: the cache of Hugging Face datasets is not writable; choose one with --cache_dir")
 
 
 def _first_line(error: Exception) -> str:
@@ -391,70 +394,104 @@ def dockerfiles(source: Source) -> Iterator[Passage]:
 def find_input_files(paths: list[Path]) -> list[Path]:
     """The files that the user's paths name, each once; of a folder all files in sorted order but the hidden ones.
 
-    Raises InputError where a path is missing, a file is of no kind we read, or a folder holds none we read.
+    Links to folders are followed. Raises InputError where a path is missing, a link leads nowhere, a file is of no kind
+    we read, or a folder holds none we read.
     """
-    kinds = ", ".join(INPUT_SUFFIXES)
+    kinds = f"{', '.join(INPUT_SUFFIXES)}, or one of these and {', '.join(COMPRESSION_SUFFIXES)}"
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if _is_input(file, path))
+            inside = sorted(file for file in _files_below(path) if _kind(file) in INPUT_SUFFIXES)
             if not inside:
                 raise InputError(f"{path}: holds no file that ends in {kinds}; give another folder")
             found += inside
         else:
             require_file(path, f"holds the text, or a folder of files ({kinds})")
-            if path.suffix.lower() not in INPUT_SUFFIXES:
-                raise InputError(f"{path}: ends in {path.suffix or 'nothing'!r}; expected one of {kinds}")
+            if _kind(path) not in INPUT_SUFFIXES:
+                raise InputError(f"{path}: ends in {path.suffix or 'nothing'!r}; expected {kinds}")
             found.append(path)
     return [require_file(file, "holds text") for file in dict.fromkeys(found)]
 
 
-def _is_input(file: Path, folder: Path) -> bool:
-    is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in INPUT_SUFFIXES and not is_hidden and file.is_file()
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in those below it, hidden ones apart; a folder that several links lead to is read once."""
+    seen = {folder.resolve()}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders.copy():
+            target = Path(place, name).resolve()
+            if target in seen:  # a link to a folder above it has no end
+                folders.remove(name)
+            seen.add(target)
+        for name in names:
+            file = Path(place, name)
+            if name.startswith("."):
+                continue
+            if file.is_symlink() and not file.exists():
+                raise InputError(
+                    f"{file}: is a link to {os.readlink(file)}, which does not exist; correct or remove it"
+                )
+            if file.is_file():
+                yield file
+
+
+def _kind(file: Path) -> str:
+    """What a file holds, as its suffix says: `.jsonl` for `part.jsonl` and `part.jsonl.gz`."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSION_SUFFIXES:
+        suffixes.pop()
+        return suffixes[-1] if suffixes and suffixes[-1] != ".parquet" else ""  # Parquet compresses what it holds
+    return suffixes[-1] if suffixes else ""
 
 
 def files_fingerprint(files: Iterable[Path]) -> str:
     """SHA-256 over the kinds and contents of files in their order, whatever their names and places."""
     bar = ProgressBar(files, desc="looking at the input", unit="file", leave=False)
-    kinds_and_contents = [(file.suffix.lower(), file_fingerprint(file)) for file in bar]
+    kinds_and_contents = [(_kind(file), file_fingerprint(file)) for file in bar]
     return hashlib.sha256(repr(kinds_and_contents).encode()).hexdigest()
 
 
 def local_files(source: Source) -> Iterator[Passage]:
     """The passages of the user's files: a txt is one, a jsonl's lines, a json list's entries, a parquet's rows."""
     for path in source.input_files:
-        kind = path.suffix.lower()
-        if kind == ".json":
-            yield from _json_entries(path, source.text_column)
-        elif kind == ".parquet":
-            yield from _parquet_rows(path, source)
-        else:
+        kind = _kind(path)
+        if kind == ".parquet":
+            yield from _parquet_rows(path, source.text_column)
+        elif kind == ".txt":
             with open_text(path) as file:
-                if kind == ".txt":
-                    yield Passage(file.read())
-                else:
-                    yield from _json_lines(file, str(path), source.text_column)
+                yield Passage(file.read())
+        elif kind == ".jsonl" or _is_json_lines(path):
+            with open_text(path) as file:
+                yield from _json_lines(file, str(path), source.text_column)
+        else:
+            yield from _json_entries(path, source.text_column)
 
 
-def _parquet_rows(path: Path, source: Source) -> Iterator[Passage]:
+def _is_json_lines(path: Path) -> bool:
+    """Whether a `.json` file begins with an object: then it is JSON Lines, as some tools name them."""
+    with open_text(path) as file:
+        return file.read(4096).lstrip().startswith("{")
+
+
+def _parquet_rows(path: Path, text_column: str) -> Iterator[Passage]:
+    """The passages of a parquet file; one of its row groups is read at a time."""
     from pyarrow import ArrowException
-    from pyarrow.parquet import read_schema
+    from pyarrow.parquet import ParquetFile
 
-    what, remedy = f"{path}: cannot be read", "expected a whole parquet file"
+    numbers = count(1)
     try:
-        names = read_schema(path).names
-    except (ArrowException, OSError) as error:
-        raise InputError(f"{what} ({_first_line(error)}); {remedy}") from error
-    if source.text_column not in names:
-        raise _no_column(str(path), source.text_column, names)
-    options: dict[str, Any] = {"split": "train", "columns": [source.text_column], "batch_size": ROWS_AT_ONCE}
-    if "spans" in names:
-        options["columns"].append("spans")
-    # A user's file may be the whole corpus: without this, 921 MB of it took 1.3 GB of memory, with it 0.4 GB.
-    rows = _rows(what, remedy, "parquet", data_files=escape(str(path)), by_row_group=True, **options)
-    for n, row in enumerate(rows, 1):
-        yield _passage(row, f"{path}: row {n}", source.text_column)
+        with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if text_column not in names:
+                raise _no_column(str(path), text_column, names)
+            columns = [name for name in (text_column, "spans") if name in names]
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns):
+                    for row in batch.to_pylist():
+                        yield _passage(row, f"{path}: row {next(numbers)}", text_column)
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = _first_line(error)
+        raise InputError(f"{path}: cannot be read ({reason}); expected a whole parquet file") from error
 
 
 def embedded_documents(_: Source, split: str) -> Iterator[Passage]:
