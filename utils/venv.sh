@@ -1,29 +1,35 @@
 # What the shell scripts need to be there, which source this file: the virtual environment, and a browser for the tests.
 # shellcheck shell=bash
 
-# ensure_venv ROOT REQUIREMENTS: make ROOT/.venv if there is none and install ROOT/REQUIREMENTS into it, unless that was
-# done before and no requirements file has changed since. Everything is said on stderr.
+# ensure_venv ROOT REQUIREMENTS: make ROOT/.venv if there is none and install ROOT/REQUIREMENTS into it, in the versions of
+# ROOT/constraints.txt, unless that was done before and none of these files has changed since. Everything is said on
+# stderr; what pip says goes to a file.
 ensure_venv() {
     local root=$1 requirements=$2
-    local venv=$root/.venv wanted torch
-    local stamp=$venv/.installed-$requirements
-    wanted=$(cat "$root"/requirements*.txt)
+    local venv=$root/.venv wanted
+    local stamp=$venv/.installed-$requirements log=$venv/pip.log
+    wanted=$(cat "$root"/requirements*.txt "$root/constraints.txt")
     if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
         return
     fi
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         _require_python
-        echo "making $venv" >&2
         python3 -m venv "$venv" >&2
     fi
-    echo "installing $requirements into $venv" >&2
-    # torch by itself first, so that the build which the index offers for the pin is taken before anything depends on it.
-    torch=$(grep '^torch==' "$root/requirements.txt")
-    "$venv/bin/python" -m pip install --disable-pip-version-check "$torch" >&2
-    "$venv/bin/python" -m pip install --disable-pip-version-check -r "$root/$requirements" >&2
+    echo "installing PyTorch, transformers and what else $requirements names into $venv: up to 1.5 GB, some minutes" >&2
+    # torch by itself first, so that the build which the index offers for it is taken before anything depends on it.
+    if ! _pip_install torch || ! _pip_install -r "$root/$requirements"; then
+        echo "error: pip could not install $requirements; what it said is in $log" >&2
+        exit 2
+    fi
     echo "$wanted" >"$stamp"
     # requirements-dev.txt holds requirements.txt.
     echo "$wanted" >"$venv/.installed-requirements.txt"
+}
+
+# _pip_install WHAT...: with the variables of ensure_venv.
+_pip_install() {
+    "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" "$@" >>"$log" 2>&1
 }
 
 _require_python() {
