@@ -25,6 +25,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def build(where: Path, model: Path = MODEL) -> Path:
     stages = {stage.name: stage for stage in build_stages(model, where / "stages")}
     folder = Path(shutil.copytree(stages["5 fit, perplexity"].before, where / "whole"))
     for name in ("5 fit, perplexity", "5 generate, verify"):
-        ended = run_in_fork(lambda name=name: stages[name].run(folder), folder)
+        ended = run_in_fork(partial(stages[name].run, folder), folder)
         assert not ended.status, ended.stderr
     (folder / "ids.json").write_text("[5, 17, 300]")
     lines = (

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +155,11 @@ class Trials:
                 used = shutil.disk_usage(disk).used
                 size = used + max(int(self.rng.uniform(0.02, 0.95) * max(n_bytes - used, 4096)), 4096)
                 subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
-                end = run_in_fork(lambda folder=folder: self.stage.run(folder), folder)
+                end = run_in_fork(partial(self.stage.run, folder), folder)
                 subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
                 if end.status == 0:
                     continue
-                again = run_in_fork(lambda folder=folder: self.stage.run(folder), folder)
+                again = run_in_fork(partial(self.stage.run, folder), folder)
                 differs = difference(content(folder), self.wanted) if not again.status else again.stderr
             self.others += 1
             # A table of generated texts names the folder that it is in.

@@ -1,5 +1,8 @@
 """Tiny random models of many architectures, made in memory, for what must hold for any causal LM."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import transformers as hf
 
@@ -16,7 +19,7 @@ SIZES = {
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 WINDOWED = {**GROUPED, "sliding_window": 4}
-CONFIGS = {
+CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gpt2": (
         hf.GPT2Config,
         {"vocab_size": 100, "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2},
@@ -63,3 +66,16 @@ def tiny_lm(name: str) -> CausalLM:
     model = hf.AutoModelForCausalLM.from_config(config)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     return CausalLM(model, name)
+
+
+class Scripted(CausalLM):
+    """A model whose hidden states and logits the test changes."""
+
+    def __init__(self, lm: CausalLM, change: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        super().__init__(lm.model, lm.name)
+        self.change = change
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_states, logits = super().forward(*args, **kwargs)
+        self.change(hidden_states, logits)
+        return hidden_states, logits

@@ -1,7 +1,9 @@
 """Small random models with tokenizers, as folders that the scripts load; and a way to run a script as from a shell."""
 
+import gc
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
-from benchmarks.faults.processes import use_one_thread_in_forks  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 from transformers import (  # noqa: E402
     GPT2Config,
@@ -34,10 +36,15 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
-from utils import workers
+from benchmarks.faults.processes import use_one_thread_in_forks  # noqa: E402
+from utils import workers  # noqa: E402
 from utils.files import InputError  # noqa: E402
 
 use_one_thread_in_forks()
+gc.freeze()  # so that no collection looks at what was imported, which is most of what there is
+# The same examples in every run, and no verdict by how long one takes.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")
 workers.START_S = 1e-9  # so that tests with two processes have two, little as their work is
 
 # Emoji with joiners, CJK, control characters, tabs, a byte order mark, combining marks, and plain prose.
@@ -79,6 +86,12 @@ def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("gpt2"), GPT2LMHeadModel, config, wrapped)
 
 
+@pytest.fixture
+def gpt2_copy(gpt2_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the GPT-2-style model that a test may damage."""
+    return Path(shutil.copytree(gpt2_folder, tmp_path / "copy"))
+
+
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama-style model (2 layers, D 48, grouped keys) with a Metaspace BPE tokenizer with byte fallback and BOS."""
@@ -117,7 +130,7 @@ def save(folder: Path, kind: type[PreTrainedModel], config: object, tokenizer: P
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_stage() -> Callable[..., None]:
     """Run a script's main in this process: run_stage("eval.py", "--flag", value, …); flags may be any type."""
 

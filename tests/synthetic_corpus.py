@@ -1,22 +1,28 @@
-"""What stage 2 leaves on disk, made of random windows instead of a model, with the library's own writers."""
+"""What stage 2 leaves on disk, made of random windows instead of a model, with the library's own writers; and what
+stages 3 and 4 must make of it, by loops."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
-from utils.manifest import begin_stage, finish_stage
-from utils.json_io import write_json
+from utils.datastore.chunks import ChunkRows
 from utils.extraction.hidden_states import DATASET, write_hidden_states
-from utils.lm.model import load_tokenizer
-from utils.lm.fingerprint import tokenizer_fingerprint
 from utils.extraction.token_probs import STAGE, write_token_probs
+from utils.json_io import write_json
+from utils.lm.fingerprint import tokenizer_fingerprint
+from utils.lm.model import load_tokenizer
+from utils.manifest import begin_stage, finish_stage
 from utils.text.windows import window_bytes
 
 Row = tuple[int, tuple[int, ...], int, int]  # entry id, chunk ids, window, position
 LABELS = {"dataset_name": "toy", "model_ds": "org/large", "model_gen": "small", "partition": "train"}
+TRIE_FOLDER = "token_trie_toy_DSorg_large_Hsmall/train_0.5"  # where stage 3 writes its tries
+LENGTHS = [12, 7, 1, 12, 3, 9, 12, 12]  # of windows: whole ones, short ones and one of a single token
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def as_flags(values: dict[str, object]) -> list[object]:
     return flags
 
 
-def write_corpus(output_dir: Path, model: Path, lengths: list[int], n_ids: int, **options: object) -> Corpus:
+def write_corpus(output_dir: Path, model: Path, lengths: list[int], n_ids: int, **options: Any) -> Corpus:
     """Write random windows of ids below n_ids, of which about half the tokens are likely.
 
     options: seed, hidden_size, dtype, skip (chunk size less stride), above (share of tokens with p > 0.5).
@@ -89,7 +95,7 @@ def write_memmap(corpus: Corpus) -> None:
         write_hidden_states(corpus.output_dir / "train", window, corpus.hidden_states[first : first + length])
 
 
-def write_manifest(corpus: Corpus, skip: object = 2) -> None:
+def write_manifest(corpus: Corpus, skip: int = 2) -> None:
     tokenizer = tokenizer_fingerprint(load_tokenizer(str(corpus.model)))
     arguments = {"partition": "train", "chunk_size": 12, "stride": 12 - skip, "dtype": "float32"}
     path = corpus.output_dir / "train_manifest.json"
@@ -112,6 +118,37 @@ def expected_rows(corpus: Corpus, threshold: float = 0.5, skip: int = 2, bound: 
             if chunk := tuple(ids[j + 1 : end].tolist()):
                 found.append((int(ids[j]), chunk[:bound] if bound else chunk, window, j))
     return sorted(found, key=lambda row: (row[0], len(row[1]), *row[1:]))
+
+
+def as_tuples(rows: ChunkRows) -> list[Row]:
+    chunks = [
+        tuple(rows.token_ids[start : start + length].tolist())
+        for start, length in zip(rows.starts, rows.lengths, strict=True)
+    ]
+    return list(zip(rows.entry_ids.tolist(), chunks, rows.windows.tolist(), rows.positions.tolist(), strict=True))
+
+
+def make_tries(corpus: Corpus, output_dir: Path, **flags: object) -> Path:
+    """Run stage 3; returns its --output_dir."""
+    import save_token_trie_info
+
+    save_token_trie_info.main([str(flag) for flag in corpus.stage_3_flags(output_dir, **flags)])
+    return output_dir
+
+
+def rows_on_disk(folder: Path) -> list[Row]:
+    """Every row of a trie folder in the order of the files, read without the library."""
+    found = []
+    for path in sorted(folder.glob("[0-9]*.json"), key=lambda path: int(path.stem)):
+        chunks = json.loads(path.read_text())
+        places = json.loads(path.with_name(f"tok_pos_{path.name}").read_text())
+        assert list(chunks) == list(places) == sorted(chunks, key=int)
+        for depth, rows in chunks.items():
+            assert {len(row) for row in rows} == {int(depth)}
+            for (entry, *chunk), (window, position) in zip(rows, places[depth], strict=True):
+                assert entry == int(path.stem)
+                found.append((entry, tuple(chunk), window, position))
+    return found
 
 
 def all_bytes(folder: Path) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
+from types import ModuleType
 from typing import Any, TypeVar
 
 from utils.files import InputError
@@ -75,7 +77,7 @@ def in_processes(
     with ProcessPoolExecutor(n_workers, _CONTEXT, _start_worker, (prepare,)) as pool:
 
         def submit(n_tasks: int) -> None:
-            with _interrupts_held():  # submitting a task may start a process
+            with _interrupts_held(), _main_hidden():  # submitting a task may start a process
                 pending.extend(pool.submit(_do_task, waiting.popleft()) for _ in range(min(n_tasks, len(waiting))))
 
         try:
@@ -113,6 +115,20 @@ def _interrupts_held() -> Iterator[None]:
             signal.signal(number, handler)
         if came:
             signal.raise_signal(came[0])
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Keep processes that start from running the main script, of which they need nothing.
+
+    It may have no `if __name__ == "__main__":`, and then would start processes in each of them.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 _work: Callable[[Any], Any] | None = None  # of a worker process

@@ -1,4 +1,4 @@
-"""Ways to end a stage from outside at a chosen moment, and small runs of every stage to do it to.
+"""Ways to end a stage from outside at a chosen point, and small runs of every stage to do it to.
 
 A stage runs in a fork of this process, which has imported what is slow to import, so that hundreds of kills take
 minutes. `Crash` says when it dies; whatever is left is what kill -9 leaves: no handler, no `finally` runs.
@@ -15,9 +15,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from functools import partial
+from multiprocessing import forkserver, parent_process
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,21 @@ class Crash:
     """When a run dies, at the first that comes; nothing set: it runs to its end."""
 
     at_operation: int | None = None  # just before it changes a file or folder for the n-th time, from 0
+    at_event: str | None = None  # at the first audit event of this name
     after_seconds: float | None = None
     within_bytes: int | None = None  # in the write that would make any file longer than this
     disk_full: bool = False  # within_bytes fails the write instead
-    by: int = signal.SIGKILL  # what ends it after_seconds
-    of_workers: bool = False  # at_operation counts in each worker process, and only those die
+    by: int = signal.SIGKILL  # the signal that ends it
+    of_workers: bool = (
+        False  # at_operation counts in each worker: these die, or one of them sends the run another signal
+    )
 
     def __str__(self) -> str:
         if self.at_operation is not None:
-            return f"{'a worker ' if self.of_workers else ''}before file operation {self.at_operation}"
+            who = "a worker " if self.of_workers else ""
+            return f"{signal.Signals(self.by).name} {who}before file operation {self.at_operation}"
+        if self.at_event is not None:
+            return f"{signal.Signals(self.by).name} at {self.at_event}"
         if self.after_seconds is not None:
             return f"{signal.Signals(self.by).name} after {self.after_seconds:.3f} s"
         how = "disk full" if self.disk_full else "within a write"
@@ -101,6 +108,7 @@ def run_in_fork(run: Callable[[], None], folder: Path, crash: Crash = Crash(), s
             break
     os.close(read_end)
     status = os.waitpid(pid, 0)[1]
+    _struck(folder).unlink(missing_ok=True)
     return Ended(os.waitstatus_to_exitcode(status), said.decode(errors="replace"))
 
 
@@ -112,17 +120,19 @@ def _in_child(run: Callable[[], None], folder: Path, crash: Crash, pipe: int) ->
     os.setsid()
     # What forks would share: tqdm's lock, which one that is killed may hold; the servers that this process has started.
     tqdm.set_lock(threading.RLock())
-    forkserver._forkserver.__init__()  # type: ignore[attr-defined, misc]
+    forkserver._forkserver.__init__()  # type: ignore[misc]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if crash.of_workers:
-        os.environ[IN_WORKERS] = f"{crash.at_operation} {folder}"
+        os.environ[IN_WORKERS] = f"{crash.at_operation} {crash.by} {folder}"
         os.environ["PYTHONPATH"] = str(ROOT)
         preload = BaseContext.set_forkserver_preload
         # First of what their server loads, whatever the stage has it load.
-        BaseContext.set_forkserver_preload = lambda self, names: preload(self, [__name__, *names])  # type: ignore[method-assign]
+        BaseContext.set_forkserver_preload = lambda self, module_names: preload(self, [__name__, *module_names])  # type: ignore[method-assign]
     elif crash.at_operation is not None:
-        die_at_operation(crash.at_operation, folder)
+        strike_at_operation(crash.at_operation, folder, lambda: os.kill(os.getpid(), crash.by))
+    if crash.at_event is not None:
+        strike_at_event(crash.at_event, crash.by)
     if crash.within_bytes is not None:
         # The default action, which Python has switched off, ends the process in the middle of its write.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN if crash.disk_full else signal.SIG_DFL)
@@ -160,8 +170,8 @@ def operations(folder: Path) -> Callable[[str, tuple[Any, ...]], str | None]:
     return changed
 
 
-def die_at_operation(n: int, folder: Path) -> None:
-    """Kill this process when it is about to change something below the folder for the n-th time, from 0."""
+def strike_at_operation(n: int, folder: Path, strike: Callable[[], object]) -> None:
+    """Call `strike` when this process is about to change something below the folder for the n-th time, from 0."""
     changed = operations(folder)
     counts: dict[int, int] = {}
 
@@ -173,12 +183,41 @@ def die_at_operation(n: int, folder: Path) -> None:
             return
         # A fork of this process counts for itself.
         done = counts.get(os.getpid(), 0)
-        if done == n:
-            os.write(2, f"\ndies before {place}".encode())
-            os.kill(os.getpid(), signal.SIGKILL)
         counts[os.getpid()] = done + 1
+        if done == n:
+            os.write(2, f"\nstruck before {place}\n".encode())
+            strike()
 
     sys.addaudithook(hook)
+
+
+def strike_at_event(name: str, by: int) -> None:
+    """Send this process a signal at its first audit event of this name."""
+    is_done = False
+
+    def hook(event: str, _: tuple[Any, ...]) -> None:
+        nonlocal is_done
+        if event == name and not is_done:
+            is_done = True
+            os.kill(os.getpid(), by)
+
+    sys.addaudithook(hook)
+
+
+def _strike_from_worker(by: int, folder: Path) -> None:
+    """Kill this worker process, or send another signal to the run that it works for, which one worker does."""
+    if by == signal.SIGKILL:
+        os.kill(os.getpid(), by)
+    parent = parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    with suppress(FileExistsError):
+        os.close(os.open(_struck(folder), os.O_CREAT | os.O_EXCL))
+        os.kill(parent.pid, by)
+
+
+def _struck(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.struck")
 
 
 def count_operations(run: Callable[[], object], folder: Path) -> int:
@@ -205,8 +244,8 @@ def count_operations(run: Callable[[], object], folder: Path) -> int:
 
 
 if IN_WORKERS in os.environ:  # this is a worker process, or the server that forks them
-    _n, _, _folder = os.environ[IN_WORKERS].partition(" ")
-    die_at_operation(int(_n), Path(_folder))
+    _n, _by, _folder = os.environ[IN_WORKERS].split(" ", 2)
+    strike_at_operation(int(_n), Path(_folder), partial(_strike_from_worker, int(_by), Path(_folder)))
 
 
 # ---- What is compared
@@ -273,7 +312,7 @@ class Stage:
         """In this process; `folder` holds a copy of what must be there before."""
         import importlib
 
-        os.sched_getaffinity = lambda _: set(range(self.n_workers))  # type: ignore[assignment]
+        os.sched_getaffinity = lambda _: set(range(self.n_workers))
         if self.n_workers > 1:  # share out what would else be one task
             chunk_lists.BATCH_TOKENS, external_sort.LEAST_UNIT_BYTES, workers.START_S = 200, 500, 1e-9
             flattened.LEAST_TASK_BYTES = 500
@@ -375,7 +414,7 @@ def build_stages(model: Path, root: Path) -> list[Stage]:
         stage = Stage(name, script, before, flags, n_workers)
         stages.append(stage)
         after = Path(shutil.copytree(before, root / f"stage_{n}"))
-        ended = run_in_fork(lambda stage=stage, after=after: stage.run(after), after)
+        ended = run_in_fork(partial(stage.run, after), after)
         assert not ended.status, (name, ended.stderr)
         before = after
     by_name = {stage.name[0]: stage for stage in stages}

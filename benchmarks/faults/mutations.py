@@ -140,7 +140,7 @@ def _changed(value: Any, rng: random.Random) -> Any:
     inside = [parent for parent in parents if isinstance(parent, (dict, list)) and parent]
     if not inside or rng.random() < 0.05:
         return _hostile(value, rng)
-    parent = inside[-1]
+    parent: Any = inside[-1]
     key = rng.choice(list(parent)) if isinstance(parent, dict) else rng.randrange(len(parent))
     kind = rng.randrange(6)
     if kind == 0:

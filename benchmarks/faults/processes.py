@@ -18,7 +18,7 @@ def use_one_thread_in_forks() -> None:
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
-def in_child(run: Callable[[], None]) -> tuple[int, str]:
+def in_child(run: Callable[[], object]) -> tuple[int, str]:
     """Run in a fork of this process, which may then spoil what it likes.
 
     Returns the signal that ended it or 0, and the message of the InputError it ended with or "".
@@ -60,7 +60,7 @@ def die_before_rename(n_renames: int) -> None:
     os.replace = replace  # type: ignore[assignment]
 
 
-def killed_before_rename(n_renames: int, run: Callable[[], None]) -> bool:
+def killed_before_rename(n_renames: int, run: Callable[[], object]) -> bool:
     """Run in a child that is killed when it is about to rename its file number n_renames (from 0); False: it ended."""
 
     def run_and_die() -> None:
@@ -73,7 +73,7 @@ def killed_before_rename(n_renames: int, run: Callable[[], None]) -> bool:
     return killed_by == signal.SIGKILL
 
 
-def on_full_disk(n_bytes: int, run: Callable[[], None]) -> str:
+def on_full_disk(n_bytes: int, run: Callable[[], object]) -> str:
     """The refusal of a run that can write no file longer than n_bytes."""
 
     def run_limited() -> None:

@@ -1,14 +1,10 @@
-"""The benchmarks run, and their numbers are what they say."""
-
-import json
-import time
-from pathlib import Path
+"""What the benchmarks share: spreads, the clock and tables; and what a benchmark refuses."""
 
 import pytest
 import torch
 
-from benchmarks import decoding, retrieval
-from benchmarks.common import Spread, copy_bandwidth, measure, table
+from benchmarks import common, decoding
+from benchmarks.common import Spread, copy_bandwidth, measure, seconds_of, table
 from utils.files import InputError
 
 
@@ -20,53 +16,51 @@ def test_a_spread_gives_median_and_quartiles_and_ratios_repeat_by_repeat() -> No
     assert Spread((0.0012345,)).text(1e3) == "1.23 (1.23 to 1.23)"
 
 
-def test_runs_are_measured_in_turn_without_warm_up_and_what_is_before() -> None:
+class Clock:
+    """Stands for the module `time`: seconds pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+    def wait(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(common, "time", clock)
+    return clock
+
+
+def test_runs_are_measured_in_turn_without_warm_up_and_what_is_before(clock: Clock) -> None:
     done: list[str] = []
-    runs = {"a": lambda: done.append("a"), "b": lambda: (done.append("b"), time.sleep(0.01))}
-    seconds = measure(runs, repeats=2, warm_up=1, before=lambda: (done.append("-"), time.sleep(0.03)))
+
+    def run(name: str, seconds: float) -> None:
+        done.append(name)
+        clock.wait(seconds * len(done))
+
+    runs = {"a": lambda: run("a", 1), "b": lambda: run("b", 100)}
+    seconds = measure(runs, repeats=2, warm_up=1, before=lambda: run("-", 10_000))
     assert "".join(done) == "-a-b" * 3
-    assert [len(spread.values) for spread in seconds.values()] == [2, 2]
-    assert max(seconds["a"].values) < 0.03
-    assert min(seconds["b"].values) >= 0.01
+    assert {name: spread.values for name, spread in seconds.items()} == {"a": (6, 10), "b": (800, 1200)}
 
 
-def test_copy_bandwidth_counts_bytes_read_and_written() -> None:
-    assert copy_bandwidth(torch.device("cpu"), n_bytes=1000, repeats=3).median > 2000
+def test_one_run_is_timed_from_its_start_to_its_end(clock: Clock) -> None:
+    clock.wait(5)
+    assert seconds_of(lambda: clock.wait(2)) == 2
+
+
+def test_copy_bandwidth_counts_bytes_read_and_written(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *_: clock.wait(0.5))
+    assert copy_bandwidth(torch.device("cpu"), n_bytes=1000, repeats=3).values == (4000, 4000, 4000)
 
 
 def test_tables_align_their_columns() -> None:
     assert table(["way", "ms"], [["a", 1], ["long", 22]]) == "way   ms\n----  --\na      1\nlong  22"
-
-
-def test_the_benchmark_of_retrieval_measures_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "retrieval.json"
-    argv = ["--rows", "70", "--dims", "20", "--repeats", "2", "--caches", "hot", "--output", str(output)]
-    retrieval.main(argv)
-    shown = capsys.readouterr().out
-    written = json.loads(output.read_text())
-    assert written["argv"][1:] == argv
-    assert {"torch", "numpy"} <= written["versions"].keys()
-    assert written["hardware"]["threads"] == torch.get_num_threads()
-    cases = written["results"]["cases"]
-    assert [(case["vectors"], case["rows"], case["bytes"]) for case in cases] == [
-        ("hidden", 70, 70 * 20 * 4),
-        ("random", 70, 70 * 20 * 4),
-    ]
-    ways = ["torch.mv", "product", "half", "bounded", "ours"]
-    for case in cases:
-        assert list(case["seconds"]) == ways
-        assert case["index_bytes"] == {
-            "product": 0,
-            "half": 70 * 20 * 2,
-            "bounded": 70 * 21 * 4 + 20 * 20 * 8,
-            "ours": 0,
-        }
-    assert all(way in shown for way in ways)
-
-
-def test_the_benchmark_of_retrieval_refuses_a_file_that_is_not_there() -> None:
-    with pytest.raises(InputError, match="does not exist"):
-        retrieval.main(["--vectors", "nowhere.h5"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_decoding import PROMPTS, datastore_near_text
+from decoding_cases import PROMPTS, datastore_near_text
 
 from benchmarks.paper import datastores, distance, efficiency, expert, sensitivity
 from benchmarks.paper.datastores import Work, add_work, work_of
@@ -20,8 +20,8 @@ from benchmarks.paper.generating import (
 )
 from benchmarks.paper.rouge import rouge_l, words
 from utils.cli import Parser
-from utils.files import InputError
 from utils.decoding.types import AcceptedChunk, Generation, GenerationStats
+from utils.files import InputError
 from utils.lm.model import load_lm, load_tokenizer
 
 
@@ -58,7 +58,7 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence_of_words() -> None:
     assert rouge_l("a", "b") == 0
 
 
-def test_distinct_and_repeated_n_grams_are_counted_over_texts_and_within_them() -> None:
+def test_n_grams_are_counted_over_texts_and_within_them() -> None:
     # Pairs: (1 2) (2 1) (1 2) and (1 2): 2 of 4 differ; within the first text 1 of 3 stood before.
     assert distance.distinct_share([[1, 2, 1, 2], [1, 2]], 2) == 0.5
     assert distance.distinct_share([[1, 2, 1, 2], [1, 2]], 1) == pytest.approx(2 / 6)
@@ -155,7 +155,7 @@ def test_a_work_folder_takes_the_users_text_and_models() -> None:
     assert work.data_flags == ("--input_files", "a.txt", "b", "--max_passages", "9")
 
 
-def test_models_of_one_name_are_refused_since_folders_are_named_after_them(tmp_path: Path) -> None:
+def test_two_models_of_one_name_are_refused_as_folders_bear_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="have one name"):
         Work(tmp_path, model_ds="a/gpt2", model_gen="b/gpt2").tries(0.5)
 

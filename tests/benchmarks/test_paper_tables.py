@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXTS
-from test_decoding import trie
+from decoding_cases import trie
 
 from benchmarks.paper import chunk_length, composition, datastores, knn_lm, perplexity
 from benchmarks.paper.common import Reader, mean_interval, of_passages, ratio, works_of
 from benchmarks.paper.knn_lm import Choice, Keys, best_weight, knn_probabilities, nearest_keys
 from benchmarks.paper.near_duplicates import PartOfDatastore, SharedRuns, runs_of
-from utils.text.corpora import Passage
 from utils.datastore.store import Datastore
+from utils.evaluation.perplexity import Positions
 from utils.files import InputError
 from utils.lm.model import load_tokenizer
-from utils.evaluation.perplexity import Positions
+from utils.text.corpora import Passage
 from utils.text.windows import WindowShape, plan_windows
 
 RNG = np.random.default_rng
@@ -78,8 +78,8 @@ def test_knn_probabilities_are_those_of_loops(monkeypatch, n_keys):
 def test_probabilities_of_all_tokens_add_up_to_one():
     keys, queries = made_keys(60), torch.from_numpy(RNG(4).normal(size=(4, 5)).astype(np.float32))
     nearest = nearest_keys(keys, queries, 10)
-    total = sum(knn_probabilities(*nearest, torch.full((4,), token), [10], [1.0]) for token in range(6))
-    assert total.ravel().tolist() == pytest.approx([1.0] * 4)
+    each = [knn_probabilities(*nearest, torch.full((4,), token), [10], [1.0]) for token in range(6)]
+    assert sum(each[1:], each[0]).ravel().tolist() == pytest.approx([1.0] * 4)
 
 
 def test_the_weight_is_that_of_a_fine_grid():
@@ -92,7 +92,7 @@ def test_the_weight_is_that_of_a_fine_grid():
     assert best_weight(np.zeros(400), of_lm) < 1e-6
 
 
-def test_tuning_finds_the_best_of_its_grid_and_the_text_that_follows_it_is_scored_as_by_it():
+def test_tuning_finds_the_best_of_its_grid_and_scores_by_it():
     keys = made_keys(300)
     rng = RNG(7)
     hidden, following = rng.normal(size=(40, 5)).astype(np.float32), rng.integers(0, 6, 40)
@@ -237,9 +237,7 @@ def test_the_table_of_what_the_gain_is_made_of(table_flags, tmp_path, monkeypatc
     assert stores["without near-duplicates"]["rows"]["fitted map"]["ratio"] > np.exp(-total / 1000)
 
 
-def test_taking_windows_out_of_a_datastore_is_making_it_without_their_passages(
-    table_flags, tmp_path, monkeypatch, run_stage
-):
+def test_taking_windows_out_is_making_the_datastore_without_them(table_flags, tmp_path, monkeypatch, run_stage):
     monkeypatch.setattr(datastores, "run_script", run_stage)
     args = composition.parse_args([str(flag) for flag in table_flags])
     (work,) = works_of(args).values()

@@ -1,23 +1,41 @@
-"""When a chunk is accepted."""
+"""The benchmark of retrieval runs, and its numbers are what they say."""
 
-import numpy as np
+import json
+from pathlib import Path
 
-from utils.decoding.acceptance import Acceptance
+import pytest
+import torch
 
-
-def test_g_has_its_knots_where_the_paper_puts_them():
-    acceptance = Acceptance(0.75, q_max=0.9)
-    got = acceptance.map(np.array([-1.0, 0.5, 0.625, 0.75, 0.95, 1.0]))
-    assert np.allclose(got, [0, 0, 0.25, 0.5, 0.9, 0.9])
-
-
-def test_threshold_accepts_from_the_exact_threshold_on_and_one_disables():
-    assert Acceptance(0.8).accepts(0.8, 0.99)
-    assert not Acceptance(0.8).accepts(np.nextafter(0.8, 0), 0.0)
-    assert not Acceptance(1.0).accepts(1.0, 0.0)
+from benchmarks import retrieval
+from utils.files import InputError
 
 
-def test_bernoulli_accepts_below_g():
-    acceptance = Acceptance(0.5, "bernoulli")
-    assert acceptance.accepts(0.5, 0.49)
-    assert not acceptance.accepts(0.5, 0.5)
+def test_the_benchmark_of_retrieval_measures_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "retrieval.json"
+    argv = ["--rows", "70", "--dims", "20", "--repeats", "2", "--caches", "hot", "--output", str(output)]
+    retrieval.main(argv)
+    shown = capsys.readouterr().out
+    written = json.loads(output.read_text())
+    assert written["argv"][1:] == argv
+    assert {"torch", "numpy"} <= written["versions"].keys()
+    assert written["hardware"]["threads"] == torch.get_num_threads()
+    cases = written["results"]["cases"]
+    assert [(case["vectors"], case["rows"], case["bytes"]) for case in cases] == [
+        ("hidden", 70, 70 * 20 * 4),
+        ("random", 70, 70 * 20 * 4),
+    ]
+    ways = ["torch.mv", "product", "half", "bounded", "ours"]
+    for case in cases:
+        assert list(case["seconds"]) == ways
+        assert case["index_bytes"] == {
+            "product": 0,
+            "half": 70 * 20 * 2,
+            "bounded": 70 * 21 * 4 + 20 * 20 * 8,
+            "ours": 0,
+        }
+    assert all(way in shown for way in ways)
+
+
+def test_the_benchmark_of_retrieval_refuses_a_file_that_is_not_there() -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        retrieval.main(["--vectors", "nowhere.h5"])

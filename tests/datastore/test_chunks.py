@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic_corpus import Row, as_tuples
 
 from utils.datastore.chunks import ChunkRows, find_chunks, sort_chunks, take_chunks
-
-Row = tuple[int, tuple[int, ...], int, int]  # entry id, chunk ids, window, position
 
 
 def loop_rows(windows: list[list[tuple[int, float]]], threshold: float, skip: int, bound: int) -> list[Row]:
@@ -39,14 +38,6 @@ def in_order(rows: ChunkRows, keys: np.ndarray) -> np.ndarray:
     return sort_chunks(*take_chunks(rows.token_ids, rows.starts, rows.lengths), keys)
 
 
-def as_tuples(rows: ChunkRows) -> list[Row]:
-    chunks = [
-        tuple(rows.token_ids[start : start + length].tolist())
-        for start, length in zip(rows.starts, rows.lengths, strict=True)
-    ]
-    return list(zip(rows.entry_ids.tolist(), chunks, rows.windows.tolist(), rows.positions.tolist(), strict=True))
-
-
 def test_a_plateau_and_all_its_suffixes_are_rows() -> None:
     window = [(10, 0.0), (11, 0.5), (12, 0.95), (13, 0.99), (14, 0.91), (15, 0.2), (16, 0.3), (17, 0.92)]
     rows = chunks_of([window], 0.9, 0, 0)
@@ -72,7 +63,7 @@ def test_the_first_token_after_the_skip_is_an_entry_once_and_no_chunk() -> None:
     assert rows.plateaus.tolist() == [0]
 
 
-def test_the_bound_cuts_chunks_and_the_suffix_at_the_cut_keeps_the_rest_reachable() -> None:
+def test_the_bound_cuts_chunks_and_a_suffix_keeps_the_rest_reachable() -> None:
     window = [(token, 0.0 if token == 0 else 0.9) for token in range(6)]
     assert as_tuples(chunks_of([window], 0.5, 0, 2)) == [
         (0, (1, 2), 0, 0),

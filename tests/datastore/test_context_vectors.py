@@ -7,42 +7,43 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from conftest import TEXTS, save
-from processes import killed_before_rename, on_full_disk
-from synthetic_corpus import Corpus, all_bytes, expected_rows, write_corpus, write_manifest, write_memmap
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from conftest import ROOT, TEXTS, save
+from synthetic_corpus import (
+    LENGTHS,
+    Corpus,
+    all_bytes,
+    expected_rows,
+    make_tries,
+    write_corpus,
+    write_manifest,
+    write_memmap,
+)
+from synthetic_corpus import TRIE_FOLDER as FOLDER
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from benchmarks.faults.crashes import run_in_fork
+from benchmarks.faults.processes import killed_before_rename, on_full_disk
 from utils.datastore import context_vectors
-from utils.files import InputError, sole_writer_of_part
-from utils.json_io import read_json, write_json
-from utils.extraction.hidden_states import DATASET
+from utils.datastore.context_vectors import open_hidden_states, write_all_context_vectors
 from utils.datastore.trie_files import datastore_token_ids, read_context_vectors, read_trie_rows
-from utils.workers import n_workers_for
+from utils.extraction.hidden_states import DATASET
+from utils.extraction.token_probs import read_extraction
+from utils.files import InputError, exclusive_lock
+from utils.json_io import read_json, write_json
 
 SCRIPT = "make_token_trie.py"
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = "token_trie_toy_DSorg_large_Hsmall/train_0.5"
-LENGTHS = [12, 7, 1, 12, 3, 9, 12, 12]
 N_IDS = 5
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory, gpt2_folder: Path) -> Corpus:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "stage_2", gpt2_folder, LENGTHS, n_ids=N_IDS)
-
-
-def make_tries(corpus: Corpus, output_dir: Path, **flags: object) -> Path:
-    import save_token_trie_info
-
-    save_token_trie_info.main([str(flag) for flag in corpus.stage_3_flags(output_dir, **flags)])
-    return output_dir
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +125,21 @@ def test_the_flags_of_the_readme_are_enough_and_the_default_is_32_workers(corpus
     assert (args.max_workers, args.k, args.k_interval, args.missing_tokens_file) == (32, None, None, None)
 
 
-def test_no_more_processes_than_cores_or_work(corpus: Corpus, bare: Path) -> None:
-    source = context_vectors.HiddenStates(Path(), np.array([1]), np.array([0]), 6, np.dtype("float32"))
-    folder = bare / FOLDER
-    assert n_workers_for(1) == 1
-    assert n_workers_for(10**6) <= (os.cpu_count() or 1)
-    for n_workers in (1, 2, 32):
-        batches = context_vectors._batches(folder, range(N_IDS), source, n_workers)
-        assert sorted(token for batch in batches for token in batch) == list(range(N_IDS))
-        assert len(batches) <= N_IDS
-    assert context_vectors._batches(folder, [], source, 2) == []
+@pytest.mark.parametrize("max_workers", [1, 2, 32])
+def test_every_token_is_in_one_batch_however_many_workers(
+    corpus: Corpus, tries: Path, monkeypatch: pytest.MonkeyPatch, max_workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    folder = corpus.output_dir
+    seqlen_path, acc_index_path = (folder / f"train_index_to_{name}.json" for name in ("seqlen", "acc_index"))
+    extraction = read_extraction(folder / "train_manifest.json")
+    source = open_hidden_states(folder / "train.h5", seqlen_path, acc_index_path, extraction)
+    assert list(write_all_context_vectors(tries / FOLDER, [], source, max_workers)) == []
+    batches = list(write_all_context_vectors(tries / FOLDER, range(N_IDS), source, max_workers))
+    names = [name for sums in batches for name in sums]
+    assert sorted(names) == [f"{token}.h5" for token in range(N_IDS)]
+    assert len(batches) > 1
+    assert vectors_there(tries) == list(range(N_IDS))
 
 
 def test_neither_the_script_nor_a_worker_loads_torch() -> None:
@@ -189,7 +195,7 @@ def test_one_models_chunks_get_another_models_hidden_states_from_text_on(
     gpt2_folder: Path, tmp_path: Path, run_stage: Callable[..., None]
 ) -> None:
     config = GPT2Config(vocab_size=320, n_positions=64, n_embd=12, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
-    tokenizer = AutoTokenizer.from_pretrained(gpt2_folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(gpt2_folder)
     (tmp_path / "student").mkdir()
     student = save(tmp_path / "student", GPT2LMHeadModel, config, tokenizer)
     write_json(tmp_path / "train.json", [{"text": text} for text in TEXTS])
@@ -322,28 +328,25 @@ def test_a_full_disk_names_the_file_and_the_run_goes_on_later(
 
 
 def test_workers_of_a_killed_run_end_with_it_and_the_next_run_goes_on(
-    gpt2_folder: Path, tmp_path: Path, run_stage: Callable[..., None]
+    gpt2_folder: Path, tmp_path: Path, run_stage: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import make_token_trie
+
     corpus = write_corpus(tmp_path / "stage_2", gpt2_folder, [200] * 60, n_ids=300, above=0.95)
     tries = make_tries(corpus, tmp_path / "tries")
     shutil.copytree(tries, tmp_path / "undisturbed")
     run_stage(SCRIPT, *corpus.stage_4_flags(tmp_path / "undisturbed"))
-    flags = [str(flag) for flag in corpus.stage_4_flags(tries, max_workers=2)]
-    two_cores = "import os, sys; os.sched_getaffinity = lambda _: {0, 1}; import make_token_trie"
-    two_cores += "; from utils import workers; workers.START_S = 0"
-    code = f"{two_cores}\nif __name__ == '__main__': make_token_trie.main(sys.argv[1:])"
-    killed = subprocess.Popen(
-        [sys.executable, "-c", code, *flags], cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True
-    )
-    deadline = time.monotonic() + 60
-    while not vectors_there(tries) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert killed.stderr is not None
-    killed.stderr.read()  # to its end: no process that inherited it is left
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+    def run_and_die() -> None:
+        # As the first batch ends: workers have two tasks each, and more are left.
+        make_token_trie.ProgressBar.update = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        run_stage(SCRIPT, *corpus.stage_4_flags(tries, max_workers=2))
+
+    # Returns once all that inherited its stderr have ended.
+    assert run_in_fork(run_and_die, tmp_path).status == -signal.SIGKILL
     assert 1 <= len(vectors_there(tries)) < 300
-    assert not (tries / FOLDER / "hidden_states_manifest.json").exists() or not is_complete(tries)
+    assert not is_complete(tries)
     run_stage(SCRIPT, *corpus.stage_4_flags(tries))
     assert all_bytes(tries) == all_bytes(tmp_path / "undisturbed")
 
@@ -380,8 +383,8 @@ def listing(value: object) -> Callable[[Corpus, Path], object]:
     return lambda c, folder: write_json(folder / "list.json", value)
 
 
-MISSING = {"process_missing_tokens": True, "missing_tokens_file": "{folder}/list.json"}
-EXCLUDED = {"excluded_tries_prior": "{folder}/list.json"}
+MISSING: dict[str, object] = {"process_missing_tokens": True, "missing_tokens_file": "{folder}/list.json"}
+EXCLUDED: dict[str, object] = {"excluded_tries_prior": "{folder}/list.json"}
 REFUSED: dict[str, tuple[Callable[[Corpus, Path], object], dict[str, object], str]] = {
     "no tries folder": (lambda c, f: None, {"save_dir": "nowhere"}, "nowhere: does not exist"),
     "file for folder": (lambda c, f: None, {"save_dir": __file__}, "is not a folder"),
@@ -536,8 +539,8 @@ def test_what_lies_there_from_another_run_is_refused(
 def hold(folder: Path, first: int, n_items: int) -> subprocess.Popen[bytes]:
     """Another process that writes the context vectors of some entry tokens until its stdin is closed."""
     code = (
-        "import sys; from pathlib import Path; from utils.files import sole_writer_of_part\n"
-        f"with sole_writer_of_part(Path({str(folder)!r}), 'context_vectors', {first}, {n_items}):\n"
+        "import sys; from pathlib import Path; from utils.files import exclusive_lock\n"
+        f"with exclusive_lock(Path({str(folder)!r}), 'context_vectors', items=range({first}, {first + n_items})):\n"
         "    print(flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -558,7 +561,7 @@ def test_other_slices_may_run_at_once_but_the_same_tokens_may_not(
     finally:
         other.communicate()
     assert vectors_there(tries) == [0, 1, 4]
-    with sole_writer_of_part(tries / FOLDER, "context_vectors"):
+    with exclusive_lock(tries / FOLDER, "context_vectors", items=range(N_IDS)):
         pass
 
 

@@ -1,6 +1,8 @@
 """The inspector: its figures against loops over the same rows, its tree against the chunks it was made of, its views."""
 
 import math
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic_corpus import Corpus, all_bytes, expected_rows, write_corpus
 
-from tests.synthetic_corpus import Corpus, all_bytes, expected_rows, write_corpus
-from utils import inspect_datastore
+from utils.datastore import inspect as inspector
+from utils.datastore.inspect import (
+    Branch,
+    find_datastore,
+    heaviest,
+    prefix_tree,
+    proposals_in,
+    read_chunks,
+    sample_neighbors,
+    survey,
+    weighted_quantiles,
+)
 from utils.files import InputError
-from utils.datastore.inspect import Branch, find_datastore, heaviest, prefix_tree, proposals_in, read_chunks, sample_neighbors, survey, weighted_quantiles
 from utils.lm.model import load_lm
 
 N_IDS = 7
@@ -43,7 +56,7 @@ def inspect(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run the inspector in this process; returns what it prints."""
 
     def run(*flags: object) -> str:
-        inspect_datastore.main([str(flag) for flag in flags])
+        inspector.main([str(flag) for flag in flags])
         return capsys.readouterr().out
 
     return run
@@ -51,7 +64,7 @@ def inspect(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 def refused(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
     try:
-        inspect_datastore.main([str(flag) for flag in flags])
+        inspector.main([str(flag) for flag in flags])
     except InputError as error:
         return str(error)
     except SystemExit as stop:
@@ -96,13 +109,13 @@ def test_neighbors_are_those_that_comparing_all_pairs_finds(corpus: Corpus, trie
                 other = corpus.hidden_state(*place).astype(np.float64)
                 cosine = vector @ other / np.linalg.norm(vector) / np.linalg.norm(other)
                 fits = all(a == b for a, b in zip(chunk, other_chunk, strict=False))
-                others.append((COSINE, chunk[0] == other_chunk[0], fits))
+                others.append((cosine, chunk[0] == other_chunk[0], fits))
         if others:
             expected.append(max(others))
     assert found.n_drawn == len(rows)
     got = sorted(zip(found.similarities.tolist(), found.begins_alike.tolist(), found.fits.tolist(), strict=True))
-    for (similarity, *flags), (COSINE, *expected_flags) in zip(got, sorted(expected), strict=True):
-        assert similarity == pytest.approx(COSINE, abs=1e-6)
+    for (similarity, *flags), (cosine, *expected_flags) in zip(got, sorted(expected), strict=True):
+        assert similarity == pytest.approx(cosine, abs=1e-6)
         assert flags == expected_flags
     groups = list(found.groups())
     assert sum(n for _, _, n, *_ in groups) == len(expected)
@@ -123,7 +136,7 @@ def test_proposals_are_the_most_similar_rows_and_count_what_follows(
     lm, folder = load_lm(str(gpt2_folder)), find_datastore(tries)
     token_ids = [*range(N_IDS), 300, *corpus.ids[0].tolist()]
     with torch.inference_mode():
-        states = lm.forward(torch.tensor([token_ids]), use_cache=False)[0][0].double().numpy()
+        states = lm.forward(torch.tensor([token_ids]))[0][0].double().numpy()
     by_token: dict[int, list[tuple[list[int], np.ndarray]]] = {}
     for entry, chunk, window, position in expected_rows(corpus):
         by_token.setdefault(entry, []).append((list(chunk), corpus.hidden_state(window, position).astype(np.float64)))
@@ -167,7 +180,8 @@ CHUNKS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=
 def test_tree_holds_exactly_the_chunks_it_was_made_of(chunks: list[list[int]], n_branches: int) -> None:
     tree = prefix_tree(sorted(chunks))
     assert sorted(chunks_of(tree)) == sorted(chunks)
-    everything, stack = {}, [(branch, None) for branch in tree]
+    everything: dict[int, tuple[Branch, Branch | None]] = {}
+    stack: list[tuple[Branch, Branch | None]] = [(branch, None) for branch in tree]
     while stack:
         branch, parent = stack.pop()
         assert branch.n_rows == branch.n_ending + sum(child.n_rows for child in branch.branches)
@@ -203,6 +217,16 @@ def test_overview_says_sizes_and_writes_nothing(corpus: Corpus, tries: Path, ins
     largest = next(line.split() for line in shown.splitlines() if line.startswith(f"{token} "))
     assert largest[:3] == [str(token), str(token), str(n)]
     assert all_bytes(tries) == before
+
+
+def test_the_documented_command_starts_the_inspector_and_no_torch(tries: Path) -> None:
+    code = "import runpy, sys; runpy.run_module('utils.inspect_datastore', run_name='__main__')"
+    code += "; sys.exit('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, str(tries), "--sample", "0"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith(str(find_datastore(tries)))
+    assert "largest tries" in shown.stdout
 
 
 def test_token_is_found_by_its_text_and_shown_with_it(
@@ -259,7 +283,7 @@ def test_unusable_input_is_refused_in_one_sentence(
 def test_hostile_tokens_cannot_command_the_terminal(gpt2_folder: Path) -> None:
     from utils.lm.model import load_tokenizer
 
-    shown = inspect_datastore.quoted_by(load_tokenizer(str(gpt2_folder)))
+    shown = inspector.quoted_by(load_tokenizer(str(gpt2_folder)))
     ids = load_tokenizer(str(gpt2_folder)).encode("\x1b[31m\x9b5m\n", add_special_tokens=False)
     assert not set(shown(ids)) & {"\x1b", "\x9b", "\n"}
 

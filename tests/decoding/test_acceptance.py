@@ -1,4 +1,4 @@
-"""Acceptance maps: from a threshold, and from files, whole or spoiled."""
+"""Which similarities are accepted, and acceptance maps: from a threshold, and from files, whole or spoiled."""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +6,45 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils.decoding.acceptance import AcceptanceMap, read_map, save_map
+from utils.decoding.acceptance import Acceptance, AcceptanceMap, read_map, save_map
 from utils.files import InputError
 from utils.json_io import write_json
 
 
-def test_a_map_of_a_threshold_is_a_line_from_2_theta_less_1_to_q_max() -> None:
+def test_thetas_map_is_a_line_from_2_theta_minus_1_to_q_max() -> None:
     found = AcceptanceMap.from_threshold(0.9, 0.999)(np.array([-1, 0.8, 0.9, 0.95, 1, np.nan]))
     assert found == pytest.approx([0, 0, 0.5, 0.75, 0.999, 0], abs=1e-3)
+
+
+def test_threshold_accepts_from_theta_on_and_bernoulli_below_g() -> None:
+    threshold = Acceptance(0.75)
+    assert [threshold.accepts(s, uniform=0.999) for s in (0.75, np.nextafter(0.75, 0), np.nan)] == [True, False, False]
+    bernoulli = Acceptance(0.75, "bernoulli")  # g(s) = 2 s - 1
+    assert [bernoulli.accepts(0.8, uniform) for uniform in (0.0, 0.59, 0.61)] == [True, True, False]
+    assert not bernoulli.accepts(0.5, uniform=0.0)
+
+
+def test_at_theta_one_nothing_is_accepted_unless_a_map_was_fitted() -> None:
+    for policy in ("threshold", "bernoulli"):
+        never = Acceptance(1.0, policy)
+        assert never.never
+        assert not never.accepts(1.0, uniform=0.0)
+        assert never.probability(np.array([1.0, np.nan])).tolist() == [0.0, 0.0]
+    assert not Acceptance(1.0, fitted=AcceptanceMap((0.0, 1.0), (0.0, 0.9))).never
+
+
+def test_a_fitted_map_takes_thetas_place_and_accepts_from_one_half_on() -> None:
+    fitted = AcceptanceMap((0.0, 0.5, 1.0), (0.0, 0.5, 0.75))
+    threshold = Acceptance(0.9, fitted=fitted)
+    assert [threshold.accepts(s, uniform=0.999) for s in (0.5, 0.49)] == [True, False]
+    bernoulli = Acceptance(0.9, "bernoulli", fitted=fitted)
+    assert [bernoulli.accepts(1.0, uniform) for uniform in (0.74, 0.76)] == [True, False]
+
+
+def test_threshold_counts_as_accepting_with_q_max() -> None:
+    similarities = np.array([0.4, 0.5, 0.9, np.nan])
+    assert Acceptance(0.5, q_max=0.9).probability(similarities).tolist() == [0.0, 0.9, 0.9, 0.0]
+    assert Acceptance(0.5, "bernoulli", q_max=0.8).probability(similarities) == pytest.approx([0.4, 0.5, 0.8, 0.0])
 
 
 def test_a_map_reads_back_as_it_was_saved(tmp_path: Path) -> None:
@@ -41,7 +72,7 @@ def test_a_map_reads_back_as_it_was_saved(tmp_path: Path) -> None:
         {"similarities": [float("-inf")], "probabilities": [0.5], "origin": {}},
     ],
 )
-def test_what_is_no_map_is_refused(tmp_path: Path, value: Any) -> None:
+def test_a_file_that_is_no_map_is_refused(tmp_path: Path, value: Any) -> None:
     write_json(tmp_path / "map.json", value)
     with pytest.raises(InputError, match=r"map\.json: is no acceptance map of ascending knots in \[0, 1\); fit one"):
         read_map(tmp_path / "map.json")

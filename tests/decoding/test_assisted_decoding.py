@@ -5,8 +5,7 @@ import inspect
 import pytest
 import torch
 from architectures import tiny_lm
-from test_decoding import PROMPTS, datastore_near_text
-from test_verified import verified
+from decoding_cases import PROMPTS, datastore_near_text, generate
 from transformers import GenerationMixin
 from transformers.generation.candidate_generator import CandidateGenerator
 
@@ -43,12 +42,12 @@ class DatastoreCandidates(CandidateGenerator):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
-def test_assisted_decoding_over_the_same_drafts_gives_the_same_text_in_as_many_passes(name, monkeypatch):
+def test_assisted_decoding_gives_the_same_text_in_as_many_passes(name, monkeypatch):
     lm = tiny_lm(name)
     settings = DraftSettings(shape="line", live="off", max_tokens=6)
     for wrong in (False, True):
         store = datastore_near_text(lm, PROMPTS, 24, wrong)
-        ours = verified(lm, PROMPTS, 24, RetrievalDrafter(store, settings))
+        ours = generate(lm, PROMPTS, 24, drafter=RetrievalDrafter(store, settings))
         for prompt, generation in zip(PROMPTS, ours, strict=True):
             theirs = DatastoreCandidates(RetrievalDrafter(store, settings), len(prompt) + 24)
             monkeypatch.setattr(lm.model, "_get_candidate_generator", lambda *_, found=theirs, **__: found)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from utils.decoding.draft_policy import LONGEST_WAIT, N_FIRST, WHOLE_EVERY, DraftPolicy
 from utils.decoding.draft import DraftTree
+from utils.decoding.draft_policy import LONGEST_WAIT, N_FIRST, WHOLE_EVERY, DraftPolicy
 
 # A branch of which the LM accepts all, and one of which it accepts nothing.
 TREE = DraftTree([1, 9, 2, 3, 4], [-1, -1, 0, 2, 3], [0.6, 0.4, 0.5, 0.45, 0.4])
@@ -30,26 +30,26 @@ def drafted(
     return drafts
 
 
-def test_where_longer_passes_cost_nothing_whole_trees_are_verified():
+def test_whole_trees_are_verified_where_longer_passes_cost_nothing():
     late = drafted(DraftPolicy(), 100, lambda n: 1.0, accepts=True)[N_FIRST:]
     assert all(draft == TREE for draft in late)
 
 
-def test_where_each_token_costs_only_the_branch_that_is_accepted_is_verified():
+def test_only_the_accepted_branch_is_verified_where_tokens_cost():
     late = drafted(DraftPolicy(), 400, lambda n: 1 + 0.3 * (n - 1), accepts=True)[300:]
     kept = [draft.token_ids for i, draft in enumerate(late, 300) if i % WHOLE_EVERY and draft is not None]
     assert kept
     assert all(token_ids == [1, 2, 3, 4] for token_ids in kept)
 
 
-def test_where_nothing_is_accepted_drafts_are_given_up_and_looked_for_now_and_then():
+def test_rejected_drafts_are_given_up_and_tried_now_and_then():
     late = drafted(DraftPolicy(), 1000, lambda n: 1 + 0.3 * (n - 1), accepts=False, search_seconds=0.1)[200:]
     asked = [draft for draft in late if draft is not None]
     assert len(asked) == pytest.approx(800 / LONGEST_WAIT, abs=1)
     assert np.mean([len(draft.token_ids) for draft in asked]) < 1
 
 
-def test_only_where_the_hint_is_that_drafts_pay_they_are_looked_for():
+def test_drafts_are_searched_for_only_where_the_hint_says_they_pay():
     costs, n_asked = DraftPolicy(), {0.05: 0, 0.5: 0}
     for _ in range(500):
         for hint in n_asked:
@@ -66,7 +66,7 @@ def test_drafts_come_back_when_they_are_accepted_again():
     assert all(draft is not None and len(draft.token_ids) >= len(BRANCH) for draft in late)
 
 
-def test_rows_of_a_batch_are_drafted_for_as_far_as_pays_for_all_together():
+def test_a_batch_drafts_as_far_as_pays_for_all_rows_together():
     costs, weak = DraftPolicy(), DraftTree([7, 8], [-1, 0], [0.01, 0.005])
     for step in range(300):
         trees = costs.paying_parts([TREE, weak])

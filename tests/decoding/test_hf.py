@@ -1,14 +1,25 @@
 """`model.generate(custom_generate=chunk_generate)` keeps what `generate` promises."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from architectures import tiny_lm
-from test_decoding import PROMPTS, datastore_near_text
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from decoding_cases import PROMPTS, datastore_near_text
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from utils.decoding.hf import chunk_generate
 from utils.datastore.store import Datastore
+from utils.decoding import hf
 from utils.decoding.draft import DraftSettings
+from utils.decoding.hf import chunk_generate
+from utils.lm.model import CausalLM
 
 LM = tiny_lm("llama")
 PROMPT = torch.tensor([PROMPTS[0]])
@@ -19,12 +30,12 @@ def store() -> Datastore:
     return datastore_near_text(LM, PROMPTS, 20)
 
 
-def test_without_a_datastore_it_is_plain_generation():
+def test_without_a_datastore_it_equals_plain_generation():
     got = LM.model.generate(PROMPT, custom_generate=chunk_generate, do_sample=False, max_new_tokens=20)
     assert torch.equal(got, LM.model.generate(PROMPT, do_sample=False, max_new_tokens=20))
 
 
-def test_verified_text_is_generates_for_a_padded_batch_and_processors_that_read_the_text(store):
+def test_verified_text_equals_generate_for_padding_and_processors(store):
     longest = max(map(len, PROMPTS))
     batch = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
@@ -48,7 +59,7 @@ def test_verified_text_is_generates_for_a_padded_batch_and_processors_that_read_
         assert row[longest:].tolist() == alone[0][len(prompt) :].tolist()
 
 
-def test_chunks_are_emitted_from_the_threshold_on(store):
+def test_chunks_at_or_above_the_threshold_are_emitted(store):
     n_read: list[int] = []
     handle = LM.model.get_input_embeddings().register_forward_hook(
         lambda _, inputs, __: n_read.append(inputs[0].numel())
@@ -72,7 +83,7 @@ class AfterToken(StoppingCriteria):
 
 
 @pytest.mark.parametrize("decoding", ["chunk", "verify"])
-def test_stopping_criteria_and_end_of_text_cut_inside_chunks_and_drafts(store, decoding):
+def test_stopping_criteria_and_eos_cut_inside_chunks_and_drafts(store, decoding):
     plain = LM.model.generate(PROMPT, do_sample=False, max_new_tokens=20)[0].tolist()
     how = {"custom_generate": chunk_generate, "datastore": store, "decoding": decoding, "similarity_threshold": 0.97}
     whole = LM.model.generate(PROMPT, do_sample=False, max_new_tokens=20, **how)[0].tolist()
@@ -87,14 +98,14 @@ def test_stopping_criteria_and_end_of_text_cut_inside_chunks_and_drafts(store, d
         assert whole == plain
 
 
-def test_processors_given_by_the_caller_shape_the_text():
+def test_the_callers_logits_processors_are_applied():
     forbid = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(5.0)])
     how = {"do_sample": False, "max_new_tokens": 15, "logits_processor": forbid}
     got = LM.model.generate(PROMPT, custom_generate=chunk_generate, **how)
     assert torch.equal(got, LM.model.generate(PROMPT, **how))
 
 
-def test_the_torch_seed_decides_the_sample_and_return_sequences_differ():
+def test_the_torch_seed_decides_samples_and_return_sequences_differ():
     def sample(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         how = {"do_sample": True, "max_new_tokens": 12, "num_return_sequences": 3}
@@ -113,13 +124,31 @@ def test_beams_and_scores_are_refused():
         LM.model.generate(PROMPT, custom_generate=chunk_generate, max_new_tokens=4, **how)
 
 
-def test_a_dict_is_returned_where_it_is_asked_for():
+def test_a_dict_is_returned_on_request():
     how = {"do_sample": False, "max_new_tokens": 5}
     got = LM.model.generate(PROMPT, custom_generate=chunk_generate, return_dict_in_generate=True, **how)
     assert torch.equal(got.sequences, LM.model.generate(PROMPT, **how))
 
 
-def test_a_datastore_of_another_size_is_refused(store):
+def test_a_datastore_of_another_hidden_size_is_refused(store):
     other = tiny_lm("llama of another size")
     with pytest.raises(ValueError, match="size 32"):
         other.model.generate(PROMPT, custom_generate=chunk_generate, datastore=store, max_new_tokens=3)
+
+
+def test_a_model_is_wrapped_once_and_freed_with_its_last_reference(monkeypatch):
+    wrapped: list[str] = []
+
+    def wrap(model: PreTrainedModel, name: str) -> CausalLM:
+        wrapped.append(name)
+        return CausalLM(model, name)
+
+    monkeypatch.setattr(hf, "CausalLM", wrap)
+    model = tiny_lm("llama").model
+    for _ in range(3):
+        model.generate(PROMPT, custom_generate=chunk_generate, do_sample=False, max_new_tokens=2)
+    assert len(wrapped) == 1
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -57,13 +57,13 @@ def test_the_sum_equals_an_enumeration_of_every_segmentation(seed):
             assert got[s, w] == pytest.approx(wanted, abs=1e-12)
 
 
-def test_nothing_accepted_is_the_base_lm_to_the_last_digit():
+def test_accepting_nothing_gives_the_base_lm_to_the_last_digit():
     proposals = random_proposals(np.random.default_rng(0), [5, 300, 17])
     got = log_likelihoods(proposals, np.zeros((1, 322)))
     assert got[0].tolist() == pytest.approx([proposals.log_probs[part].sum() for part in proposals.windows()], abs=1e-9)
 
 
-def test_probabilities_of_all_continuations_are_those_enumerated_and_add_up_to_one():
+def test_probabilities_of_all_continuations_add_up_to_one():
     """A vocabulary of 3, texts of 5 tokens, a chunk for every token, a map of its own for each."""
     rng = np.random.default_rng(1)
     p, q = rng.dirichlet(np.ones(3), size=3), rng.uniform(0.1, 0.9, 3)
@@ -87,7 +87,7 @@ def test_probabilities_of_all_continuations_are_those_enumerated_and_add_up_to_o
     assert total == pytest.approx(1.0, abs=1e-12)
 
 
-def test_posteriors_are_those_of_the_enumeration():
+def test_posteriors_equal_those_of_forbidding_each_proposal():
     rng = np.random.default_rng(3)
     proposals = random_proposals(rng, [6])
     q = rng.uniform(0.1, 0.9, 6) * (proposals.chunk_lengths > 0)
@@ -142,7 +142,7 @@ def test_em_never_lowers_the_likelihood_and_beats_every_other_map():
     assert likelihood[0] >= likelihood[2] - 1
 
 
-def test_em_finds_the_map_that_made_the_text_within_its_interval():
+def test_em_finds_the_map_that_made_the_text():
     """The interval of 99.9% around the mean of the maps fitted to twelve texts, at ten similarities."""
     rng = np.random.default_rng(1)
     at = np.linspace(0.05, 0.95, 10)
@@ -152,7 +152,7 @@ def test_em_finds_the_map_that_made_the_text_within_its_interval():
     assert errors.max() < 0.02
 
 
-def test_gains_of_all_positions_add_up_to_the_distance_from_the_base_lm():
+def test_gains_add_up_to_the_distance_from_the_base_lm():
     rng = np.random.default_rng(2)
     proposals = random_proposals(rng, [40, 1, 25])
     q = rng.uniform(0, 1, 66) * (proposals.chunk_lengths > 0)
@@ -177,13 +177,16 @@ def test_cut_chunks_are_those_of_a_datastore_of_short_chunks(n_tokens):
     assert cut.matches.sum() > proposals.matches.sum()
 
 
-def test_em_on_chunks_that_never_match_or_a_text_without_proposals():
-    rng = np.random.default_rng(5)
-    never = random_proposals(rng, [30, 30])
+def test_em_rejects_chunks_that_never_match():
+    never = random_proposals(np.random.default_rng(5), [30, 30])
     never = replace(never, agreeing=np.zeros(60, dtype=int))
     fitted, history = fit_map(never, 0.999)
     assert max(fitted.probabilities) < 1e-3
     assert history[-1] == pytest.approx(never.log_probs.sum(), abs=1e-2)
-    nothing = replace(never, similarities=np.full(60, np.nan), chunk_lengths=np.zeros(60, dtype=int))
+
+
+def test_em_refuses_a_text_without_proposals():
+    lengths = np.array([30, 30])
+    nothing = Proposals(lengths, np.full(60, -1.0), np.full(60, np.nan), *np.zeros((2, 60), dtype=int))
     with pytest.raises(ValueError, match="proposes nothing"):
         fit_map(nothing, 0.999)

@@ -1,4 +1,4 @@
-"""Perplexity of the base LM and of CD-LM, by the room and by the command."""
+"""Perplexity of the base LM and of CD-LM, by the module and by the command."""
 
 import itertools
 import json
@@ -14,19 +14,19 @@ import pytest
 import torch
 from architectures import tiny_lm
 from conftest import TEXTS
-from test_decoding import PROMPTS, datastore_near_text, trie
-from test_pipeline import Pipeline, build
+from decoding_cases import PROMPTS, datastore_near_text, trie
+from pipelines import Pipeline, build
 
-from utils.decoding.acceptance import Acceptance
-from utils.text.corpora import Passage
 from utils.datastore.store import Datastore
-from utils.decoding.loop import Decoding, Request, decode
-from utils.lm.model import load_lm, load_tokenizer
-from utils.evaluation.perplexity import TextSize, base_figures, cdlm_figures, find_proposals
-from utils.lm.scoring import negative_log_likelihood
+from utils.decoding.acceptance import Acceptance
+from utils.decoding.loop import Decoding, decode
 from utils.decoding.retriever import Retriever
-from utils.lm.sampling import Sampler
+from utils.decoding.types import Request
 from utils.evaluation.marginal import log_likelihoods
+from utils.evaluation.perplexity import TextSize, base_figures, cdlm_figures, find_proposals
+from utils.lm.model import load_lm, load_tokenizer
+from utils.lm.sampling import Sampler
+from utils.text.corpora import Passage
 from utils.text.windows import TokenFile, WindowPlan, WindowShape, plan_windows
 
 
@@ -40,13 +40,14 @@ def plan_of(gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
         tokens = np.concatenate([np.array(window, dtype=np.int32) for window in windows])
         lengths = np.array([len(window) for window in windows])
         file = tempfile.TemporaryFile()  # noqa: SIM115 (it goes with the plan)
-        file.write(np.asarray(tokens, dtype=np.int32).tobytes())
+        file.write(tokens.tobytes())
+        file.flush()
         return replace(plan, passage_tokens=TokenFile(file), starts=np.cumsum(lengths) - lengths, lengths=lengths)
 
     return make
 
 
-def test_the_base_lms_perplexity_is_that_of_labels(gpt2_folder, tmp_path):
+def test_base_perplexity_equals_the_loss_that_labels_give(gpt2_folder, tmp_path):
     lm, tokenizer = load_lm(str(gpt2_folder), "cpu"), load_tokenizer(str(gpt2_folder))
     plan = plan_windows([Passage(text) for text in TEXTS], tokenizer, WindowShape(50, 50, 2), tmp_path)
     proposals = find_proposals(lm, None, plan, 4)
@@ -62,7 +63,7 @@ def test_the_base_lms_perplexity_is_that_of_labels(gpt2_folder, tmp_path):
     assert figures["perplexity_lower"] < figures["perplexity"] < figures["perplexity_upper"]
 
 
-def test_nothing_retrieved_gives_the_base_lms_perplexity_to_the_last_digit(plan_of):
+def test_without_retrieval_perplexity_is_the_base_lms(plan_of):
     lm = tiny_lm("gpt2")
     plan = plan_of([list(range(1, 40)), list(range(50, 80))])
     store = datastore_near_text(lm, PROMPTS, 20)
@@ -75,19 +76,19 @@ def test_nothing_retrieved_gives_the_base_lms_perplexity_to_the_last_digit(plan_
     assert never["from_chunks"] == 0.0
 
 
-def test_proposals_are_those_that_loops_find(plan_of):
+def test_proposals_equal_those_found_position_by_position(plan_of):
     lm = tiny_lm("llama")
     store = datastore_near_text(lm, PROMPTS, 20)
     with torch.inference_mode():
         text = list(PROMPTS[0])
         for _ in range(20):
-            text.append(int(lm.forward(torch.tensor([text]), use_cache=False)[1][0, -1].argmax()))
+            text.append(int(lm.forward(torch.tensor([text]))[1][0, -1].argmax()))
     windows = [text, [5, 6, 7, 8], text[3:15], [20, 21, 22, 23, 24]]
     found = find_proposals(lm, store, plan_of(windows), 2)
     at = 0
     for window in windows:
         with torch.inference_mode():
-            hidden_states, logits = lm.forward(torch.tensor([window]), use_cache=False)
+            hidden_states, logits = lm.forward(torch.tensor([window]))
         for i in range(len(window) - 1):
             log_p = logits[0, i].double().log_softmax(-1)[window[i + 1]]
             assert found.log_probs[at] == pytest.approx(float(log_p), abs=1e-5)
@@ -110,7 +111,7 @@ def test_proposals_are_those_that_loops_find(plan_of):
     assert 0 < found.matches.sum() < at
 
 
-def test_the_sum_is_the_frequency_with_which_the_generator_writes_a_text(plan_of):
+def test_marginal_probabilities_are_the_generators_frequencies(plan_of):
     """No importance weights: texts of three tokens over a vocabulary of five, drawn 30,000 times."""
     lm, prompt, n_draws = tiny_lm("five tokens"), [1, 2], 30_000
     rng = np.random.default_rng(0)
@@ -139,24 +140,11 @@ def test_the_sum_is_the_frequency_with_which_the_generator_writes_a_text(plan_of
     assert sum(proposals.matches) > 0
 
 
-def test_generated_text_is_scored_after_its_prompt_alone(gpt2_folder):
-    lm = load_lm(str(gpt2_folder), "cpu")
-    nll = negative_log_likelihood(lm, [5, 6], [7, 8, 9])
-    with torch.inference_mode():
-        log_p = lm.forward(torch.tensor([[5, 6, 7, 8, 9]]), use_cache=False)[1][0].log_softmax(-1)
-    assert nll == pytest.approx(-float(log_p[1, 7] + log_p[2, 8] + log_p[3, 9]), abs=1e-4)
-
-
 # ---- The command
 
 
 @pytest.fixture(scope="module")
-def made(gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    import importlib
-
-    def run_stage(script: str, *flags: object) -> None:
-        importlib.import_module(script.removesuffix(".py")).main([str(flag) for flag in flags])
-
+def made(gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory, run_stage: Callable[..., None]) -> Pipeline:
     pipeline = build(gpt2_folder, tmp_path_factory.mktemp("perplexity"), run_stage, TEXTS)
     for name, text in (("validation", TEXTS[0] + TEXTS[3]), ("test", TEXTS[3] + TEXTS[1])):
         (pipeline.root / "data" / f"{name}.json").write_text(json.dumps([{"text": text}]))
@@ -231,19 +219,3 @@ def test_unusable_input_is_refused_in_one_sentence(made, refusal, tmp_path, row)
     flags, message = REFUSED[row]
     filled = [str(flag).format(data=made.root / "data") for flag in flags]
     assert message in refusal("eval.py", *text_flags(made, tmp_path, *filled))
-
-
-def test_answers_become_a_corpus_that_stage_2_reads(made, run_stage, tmp_path):
-    flags = ("--gen_baseline_only", "--prompt_file", made.root / "prompts.json", "--save_dir", tmp_path / "answers")
-    corpus = ("--num_return_sequences", 5, "--save_as_corpus", tmp_path / "corpus", "--max_new_tokens", 30)
-    run_stage("eval.py", "--model_path", made.model, *flags, *corpus, "--device", "cpu")
-    entries = json.loads((tmp_path / "corpus" / "train.json").read_text(encoding="utf-8"))
-    prompts = json.loads((made.root / "prompts.json").read_text(encoding="utf-8"))
-    assert len(entries) == 20
-    for i, entry in enumerate(entries):
-        assert entry["text"].startswith(prompts[i // 5])
-    assert len({entry["text"] for entry in entries}) == 20
-    extract = ("--data_dir", tmp_path / "corpus", "--output_dir", tmp_path / "extracted", "--partition", "train")
-    sizes = ("--chunk_size", 64, "--stride", 48, "--min_length", 10, "--device", "cpu")
-    run_stage("extract_token_probs_and_memmap.py", "--model_path", made.model, *extract, *sizes)
-    assert len(list((tmp_path / "extracted" / "train").glob("token_probs_*.json"))) >= 20

@@ -1,6 +1,5 @@
 """The page about a run: what it says, checked against the files it is made from, and what it does in a real browser."""
 
-import importlib
 import json
 import math
 import shutil
@@ -10,25 +9,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import TEXTS
 from hypothesis import given
 from hypothesis import strategies as st
-from test_pipeline import Pipeline, build
+from pipelines import Pipeline, build
 from transformers import AutoTokenizer
 
-from utils.decoding.acceptance import Acceptance, AcceptanceMap
 from utils.datastore.chunk_lists import ChunkListPaths
-from utils.datastore.store import open_datastore
-from utils.files import InputError
-from utils.manifest import begin_stage, finish_stage
-from utils.json_io import json_list_writer
-from utils.decoding.types import AcceptedChunk, Generation, GenerationStats, StepRecord, ProposalRecord, TokenTexts, Trace, text_pieces
-from utils.lm.model import load_lm
+from utils.datastore.provenance import find_windows
+from utils.decoding.acceptance import Acceptance, AcceptanceMap
+from utils.decoding.types import (
+    AcceptedChunk,
+    Generation,
+    GenerationStats,
+    ProposalRecord,
+    StepRecord,
+    Trace,
+    text_pieces,
+)
 from utils.evaluation.report.page import ReportRun, as_data, write_report
-from utils.evaluation.results import read_run
-from utils.evaluation.report.rescore import RescoredText, RescoredProposal, rescore
-from utils.datastore.provenance import Segment, find_windows, read_windows, segments_around
+from utils.evaluation.report.rescore import RescoredProposal, RescoredText
+from utils.json_io import json_list_writer
+from utils.manifest import begin_stage, finish_stage
 
 HOSTILE = (
     '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 2"><!-- ]]> {{data}} &lt;b&gt;',
@@ -44,20 +46,17 @@ SHORT = ("--max_new_tokens", 24, "--temperature", 0)
 
 
 @pytest.fixture(scope="module")
-def made(gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    def run_stage(script: str, *flags: object) -> None:
-        importlib.import_module(script.removesuffix(".py")).main([str(flag) for flag in flags])
-
+def made(gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory, run_stage: Callable[..., None]) -> Pipeline:
     texts = [*TEXTS, "".join(text.encode("utf-8", "ignore").decode() for text in HOSTILE) * 4]
     return build(gpt2_folder, tmp_path_factory.mktemp("report"), run_stage, texts)
 
 
 @pytest.fixture(scope="module")
-def reported(made: Pipeline) -> Path:
+def reported(made: Pipeline, run_stage: Callable[..., None]) -> Path:
     """A folder with chunks taken and left at θ, the baseline beside them, and report.html."""
     save_dir = made.root / "results"
     flags = ("--similarity_threshold", THETA, "--compare_baseline", "--report", save_dir / "report.html")
-    importlib.import_module("eval").main([str(flag) for flag in made.eval_flags(save_dir, *flags, *SHORT)])
+    run_stage("eval.py", *made.eval_flags(save_dir, *flags, *SHORT))
     return save_dir
 
 
@@ -81,20 +80,20 @@ def hand_made(path: Path, n_texts: int = 1, n_tokens: int = 6, **changed: Any) -
         chunks = [AcceptedChunk(at, [at, at + 1], 0.95) for at in range(2, n_tokens, 3)]
         taken = [ProposalRecord(chunk.position, chunk.position, 0.95) for chunk in chunks]
         left = [ProposalRecord(chunk.position + 2, 0, 0.5) for chunk in chunks]
-        moments = [StepRecord(end, 0.1 * end, 0.01 * end, 0.001 * end, 0) for end in range(2, n_tokens + 3)]
+        steps = [StepRecord(end, 0.1 * end, 0.01 * end, 0.001 * end, 0) for end in range(2, n_tokens + 3)]
         stats = GenerationStats(n_tokens, 1.0, 0.9, 0.05)
         generation = Generation(
-            index, [0, 1], list(range(2, n_tokens + 2)), chunks, stats, Trace(moments, sorted(taken + left))
+            index, [0, 1], list(range(2, n_tokens + 2)), chunks, stats, Trace(steps, sorted(taken + left))
         )
         return generation, Generation(index, [0, 1], list(range(n_tokens)), [], stats)
 
-    def again(generation: Generation) -> RescoredText:
+    def rescored(generation: Generation) -> RescoredText:
         assert generation.trace is not None
-        seen = [
+        proposals = [
             RescoredProposal(proposal, 1, [2, 3], 0, 0, [([1], 0.4), ([0, 1, 2], 0.25)])
             for proposal in generation.trace.proposals
         ]
-        return RescoredText(np.full(len(generation.token_ids), -1.0), seen)
+        return RescoredText(np.full(len(generation.token_ids), -1.0), proposals)
 
     settings: dict[str, Any] = {
         "name": RUN,
@@ -107,7 +106,9 @@ def hand_made(path: Path, n_texts: int = 1, n_tokens: int = 6, **changed: Any) -
         "corpus": HOSTILE[2],
         "trie_folder": None,
     }
-    write_report(path, ReportRun(**settings | changed), {"runs": {}}, (text(i) for i in range(n_texts)), decode, again)
+    write_report(
+        path, ReportRun(**settings | changed), {"runs": {}}, (text(i) for i in range(n_texts)), decode, rescored
+    )
 
 
 # ---- What is put into the page
@@ -118,7 +119,7 @@ def hand_made(path: Path, n_texts: int = 1, n_tokens: int = 6, **changed: Any) -
         st.text() | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
     )
 )
-def test_data_comes_back_as_it_was_and_can_end_no_element(value: Any) -> None:
+def test_data_comes_back_unchanged_and_can_end_no_element(value: Any) -> None:
     text = as_data(value)
     assert json.loads(text) == value
     assert not set(text) & set("<>&\u2028\u2029\ufeff")
@@ -131,33 +132,14 @@ def test_lone_surrogates_come_back_and_can_be_written() -> None:
     assert json.loads(text) == ["\ud800", "\udfff<"]
 
 
-@pytest.mark.parametrize("folder", ["gpt2_folder", "llama_folder"])
-def test_a_text_is_cut_at_every_token_as_the_slow_way_cuts_it(folder: str, request: pytest.FixtureRequest) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(folder))
-
-    def decode(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=False)
-
-    cutter = TokenTexts(decode)
-    for text in [*TEXTS, "".join(HOSTILE).encode("utf-8", "ignore").decode()]:
-        ids = tokenizer.encode(text)[:120]
-        pieces = cutter.cut(ids)
-        assert len(pieces) == len(ids)
-        assert "".join(pieces) == decode(ids)
-        slow = text_pieces(ids, range(1, len(ids)), decode)
-        if "\ufffd" not in decode(ids):
-            assert pieces == slow
-    assert cutter.cut([]) == []
-
-
-def test_the_page_is_the_same_again_and_says_what_the_files_say(made, reported, run_stage, tmp_path) -> None:
+def test_the_page_is_reproducible_and_says_what_the_files_say(made, reported, run_stage, tmp_path) -> None:
     again = tmp_path / "deep" / "again.html"
     flags = ("--similarity_threshold", THETA, "--compare_baseline", "--report", again)
     run_stage("eval.py", *made.eval_flags(reported, *flags, *SHORT))
     assert again.read_bytes() == (reported / "report.html").read_bytes()
     data = data_of(again)
     assert len(data["texts"]) == 4
-    n_seen = 0
+    n_proposals = 0
     for text in data["texts"]:
         found = stored(reported, text["index"])
         trace, generation = found["trace"][RUN], found["generation"]
@@ -170,16 +152,16 @@ def test_the_page_is_the_same_again_and_says_what_the_files_say(made, reported, 
         ]
         assert [proposal[0] + n_prompt for proposal in text["proposals"]] == trace["proposal_positions"]
         assert sum(proposal[3] for proposal in text["proposals"]) == len(text["chunks"])
-        n_seen += len(text["proposals"])
+        n_proposals += len(text["proposals"])
     histogram = data["histogram"]
-    assert sum(histogram["accepted"]) + sum(histogram["rejected"]) == n_seen
+    assert sum(histogram["accepted"]) + sum(histogram["rejected"]) == n_proposals
     assert sum(histogram["accepted"]) == sum(n for _, n in data["lengths"]) > 0
     assert sum(histogram["rejected"]) > 0
 
 
-def test_sources_are_the_windows_with_entry_token_and_chunk_in_their_place(made, reported) -> None:
+def test_sources_show_entry_token_and_chunk_in_their_window(made, reported) -> None:
     data = data_of(reported / "report.html")
-    tokenizer = AutoTokenizer.from_pretrained(made.model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(made.model)
     assert len(data["rows"]) > 10
     for string, n_tokens, window, place, segment, start, first, end, lowest in data["rows"]:
         rows = json.loads((made.windows / f"token_probs_{window}.json").read_text(encoding="utf-8"))
@@ -200,58 +182,11 @@ def test_sources_are_the_windows_with_entry_token_and_chunk_in_their_place(made,
         assert lowest == pytest.approx(min(row[1] for row in rows[place + 1 : place + 1 + n_tokens]), abs=6e-4)
 
 
-def test_rivals_are_the_next_best_chunks_and_a_lost_trace_is_found_again(made, reported) -> None:
-    lm = load_lm(str(made.model), "cpu")
-    store = open_datastore(made.tries, device=lm.device, max_bytes=2**30)
-    for index in range(4):
-        generation = read_run(reported, index, RUN)
-        reading = rescore(lm, store, generation)
-        with torch.inference_mode():
-            states, logits = lm.forward(torch.tensor([generation.token_ids]), use_cache=False)
-        log_p = logits[0].double().log_softmax(dim=1)
-        wanted = [float(log_p[i, token]) for i, token in enumerate(generation.token_ids[1:])]
-        assert reading.log_probs[1:] == pytest.approx(wanted, abs=1e-4)
-        for chunk in reading.proposals:
-            trie = store.trie(chunk.entry_token_id)
-            cosines = torch.cosine_similarity(trie.context_vectors, states[0, chunk.seen.position - 1], dim=1)
-            assert float(cosines[chunk.seen.row]) == pytest.approx(chunk.seen.similarity, abs=1e-5)
-            best: dict[tuple[int, ...], float] = {}
-            for row in cosines.argsort(descending=True).tolist():
-                best.setdefault(tuple(trie.chunk(row)), float(cosines[row]))
-            best.pop(tuple(chunk.token_ids))
-            expected = sorted(best.values(), reverse=True)[:3]
-            assert [similarity for _, similarity in chunk.rivals] == pytest.approx(expected, abs=1e-5)
-            assert (int(trie.windows[chunk.seen.row]), int(trie.positions[chunk.seen.row])) == (
-                chunk.window,
-                chunk.place,
-            )
-        untraced = Generation(
-            index, generation.prompt_ids, generation.new_token_ids, generation.chunks, generation.stats
-        )
-        found = rescore(lm, store, untraced).proposals
-        assert [chunk.seen.position for chunk in found] == [chunk.seen.position for chunk in reading.proposals]
-        for new, old in zip(found, reading.proposals, strict=True):
-            assert new.seen.similarity == pytest.approx(old.seen.similarity, abs=1e-5)
-
-
-def test_meeting_stretches_of_a_window_are_one_segment() -> None:
-    windows, firsts, ends = np.array([[4, 5, 9], [2, 0, 3], [4, 9, 12], [4, 0, 6], [4, 20, 22]]).T
-    segments, holder = segments_around(windows, firsts, ends)
-    assert segments == [Segment(2, 0, 3), Segment(4, 0, 12), Segment(4, 20, 22)]
-    assert holder.tolist() == [1, 0, 1, 1, 2]
-
-
-def test_a_source_that_is_gone_damaged_or_another_texts_is_said_to_be(made, reported, run_stage, tmp_path) -> None:
+def test_the_page_says_why_a_source_is_not_shown(made, reported, run_stage, tmp_path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(made.root, root)
     copied = Pipeline(made.model, root)
     path = find_windows(copied.tries)
-    wanted = read_windows(path, [0, 2])
-    assert set(wanted) == {0, 2}
-    tokens = json.loads((made.windows / "token_probs_2.json").read_text(encoding="utf-8"))
-    assert wanted[2].token_ids.tolist() == [token[4] for token in tokens]
-    with pytest.raises(InputError, match="has no window 10000"):
-        read_windows(path, [10_000])
     flags = ("--similarity_threshold", THETA, "--compare_baseline", *SHORT, "--report", tmp_path / "page.html")
 
     def note() -> str:
@@ -270,23 +205,23 @@ def test_a_source_that_is_gone_damaged_or_another_texts_is_said_to_be(made, repo
     assert f"{path}: is not there any more" in note()
 
 
-def test_a_page_that_would_be_too_large_leaves_texts_out_and_says_so(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("utils.report.MAX_TOKENS", 13)
+def test_a_page_too_large_leaves_texts_out_and_says_so(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("utils.evaluation.report.page.MAX_TOKENS", 13)
     hand_made(tmp_path / "page.html", n_texts=4, n_tokens=6)
     data = data_of(tmp_path / "page.html")
     assert len(data["texts"]) == 2
     assert data["leftOut"] == 2
     assert data["lengths"] == [[2, 8]]  # of all four
-    monkeypatch.setattr("utils.report.MAX_TOKENS", 1)
+    monkeypatch.setattr("utils.evaluation.report.page.MAX_TOKENS", 1)
     hand_made(tmp_path / "page.html", n_texts=4, n_tokens=6)
     assert len(data_of(tmp_path / "page.html")["texts"]) == 1
 
 
-def test_where_there_is_room_for_some_sources_only_those_of_accepted_chunks_are_kept(tmp_path, monkeypatch) -> None:
+def test_a_page_short_of_room_keeps_sources_of_accepted_chunks(tmp_path, monkeypatch) -> None:
     words = load_words()
     sizes = {}
     for room in (10**6, 1500):
-        monkeypatch.setattr("utils.report.SOURCE_TOKENS", room)
+        monkeypatch.setattr("utils.evaluation.report.page.SOURCE_TOKENS", room)
         (tmp_path / str(room)).mkdir()
         page = tmp_path / str(room) / "page.html"
         write_large(page, words, n_texts=2, n_tokens=100, n_windows=50)
@@ -311,7 +246,7 @@ def test_where_there_is_room_for_some_sources_only_those_of_accepted_chunks_are_
         )
     ],
 )
-def test_a_report_of_nothing_is_refused(refusal, tmp_path, flags, message) -> None:
+def test_a_report_without_prompts_is_refused(refusal, tmp_path, flags, message) -> None:
     assert message in refusal("eval.py", "--model_path", "x", "--save_dir", tmp_path, "--gen_baseline_only", *flags)
 
 
@@ -346,7 +281,7 @@ class Look:
         page.on("console", lambda message: self.troubles.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: self.troubles.append(f"error: {error}"))
         page.on("dialog", lambda dialog: self.troubles.append(f"dialog: {dialog.message}"))
-        page.on("request", lambda request: request.url == path.as_uri() or self.troubles.append(request.url))
+        page.on("request", lambda request: self.troubles.extend({request.url} - {path.as_uri()}))
         page.goto(path.as_uri())
         return page
 
@@ -377,7 +312,7 @@ def test_hostile_text_is_shown_and_runs_nothing(look, tmp_path) -> None:
         assert "<svg onload=window.hacked=3>" in page.locator("#card").inner_text()
     page.keyboard.press("Escape")
     page.locator("details").first.click()
-    page.wait_for_timeout(50)
+    wait_until(page, "document.querySelector('details').open")
     assert page.evaluate("typeof window.hacked") == "undefined"
     assert page.evaluate("document.querySelectorAll('img, iframe, svg[onload], script').length") == 2
     assert page.title() == HOSTILE[0]
@@ -398,9 +333,14 @@ def test_the_pages_policy_lets_no_other_script_or_image_in(browser, tmp_path) ->
             document.body.append(image);
         }"""
     )
-    page.wait_for_timeout(200)
+    for kind in ("script-src", "default-src"):  # an image falls under the latter
+        for _ in range(200):
+            if any("Content Security Policy" in trouble and kind in trouble for trouble in opener.troubles):
+                break
+            page.wait_for_timeout(25)
+        else:
+            raise AssertionError(f"{kind} refused nothing: {opener.troubles}")
     assert page.evaluate("typeof window.hacked") == "undefined"
-    assert any("Content Security Policy" in trouble for trouble in opener.troubles)
     opener.contexts[0].close()
 
 
@@ -410,7 +350,7 @@ def card_terms(page: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("way", ["hover", "tap", "keyboard"])
-def test_a_chunk_tells_where_it_is_from(look, reported, way) -> None:
+def test_a_chunks_card_says_where_it_is_from(look, reported, way) -> None:
     page = look(reported / "report.html", 390 if way == "tap" else 1280)
     article = next(i for i in range(4) if len(data_of(reported / "report.html")["texts"][i]["chunks"]) > 1)
     chunks = page.locator("article").nth(article).locator(".chunk")
@@ -447,19 +387,19 @@ def test_a_chunk_tells_where_it_is_from(look, reported, way) -> None:
     assert not is_card_open(page)
 
 
-def n_coloured(page: Any) -> int:
-    """Text by text, since those out of sight wait with their colours."""
+def n_coloured(page: Any, theta: float | None) -> int:
+    """Marks in colour at θ (None: as generated), text by text: those out of sight wait with their colours."""
+    shown_at = "null" if theta is None else str(round(theta * 1e6))
     counts = []
-    for article in page.locator("article").all():
+    for i, article in enumerate(page.locator("article").all()):
         article.evaluate("article => article.scrollIntoView()")
-        wait_until(page, "document.querySelector('article').shownAt !== undefined")
-        page.evaluate("() => new Promise((done) => requestAnimationFrame(() => setTimeout(done, 30)))")
+        wait_until(page, f"document.querySelectorAll('article')[{i}].shownAt === {shown_at}")
         counts.append(article.locator(".chunk:not(.off), .other.on").count())
     return sum(counts)
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_theta_recolours_as_many_proposals_as_are_at_or_above_it(look, reported, width) -> None:
+def test_theta_recolours_the_proposals_at_or_above_it(look, reported, width) -> None:
     page = look(reported / "report.html", width)
     for article in page.locator("article").all():
         article.evaluate("article => article.upgrade()")
@@ -472,15 +412,15 @@ def test_theta_recolours_as_many_proposals_as_are_at_or_above_it(look, reported,
     for theta in (0.65, 0.75, 1.0, float(slider.get_attribute("min"))):
         slider.fill(str(theta))
         wanted = sum(similarity >= theta for similarity in similarities)
-        assert n_coloured(page) == wanted
+        assert n_coloured(page, theta) == wanted
         assert f"{wanted} of {len(similarities)} would be accepted, {n_taken} were" in said.inner_text()
     page.get_by_role("button", name="as it was").click()
-    assert n_coloured(page) == n_taken
+    assert n_coloured(page, None) == n_taken
     assert page.locator(".chunk.off, .other.on").count() == 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_sticks_out_on_a_phone_and_everything_is_printed(look, reported, scheme) -> None:
+def test_a_phone_needs_no_sideways_scroll_and_all_is_printed(look, reported, scheme) -> None:
     page = look(reported / "report.html", 390, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -497,9 +437,10 @@ def test_pointing_at_the_timeline_names_the_pass(look, reported) -> None:
     box = line.bounding_box()
     steps = data_of(reported / "report.html")["texts"][0]["steps"]
     page.mouse.move(box["x"] + 1, box["y"] + 20)
-    assert f"LM {steps['lm'][1] / 1000:.1f} ms" in page.locator(".timeline .small").first.inner_text()
+    said = "document.querySelector('.timeline .small').textContent"
+    wait_until(page, f"{said}.includes('LM {steps['lm'][1] / 1000:.1f} ms')")
     page.mouse.move(box["x"] + box["width"] - 1, box["y"] + 20)
-    assert page.locator(".timeline .small").first.inner_text().startswith(f"Pass {len(steps['lm'])},")
+    wait_until(page, f"{said}.startsWith('Pass {len(steps['lm'])},')")
 
 
 VARIANTS: dict[str, tuple[object, ...]] = {
@@ -537,7 +478,7 @@ def test_every_kind_of_run_has_a_page_without_errors(made, look, run_stage, tmp_
     assert page.locator("#theta").count() == (variant in ("no chunk accepted", "everything accepted", "bernoulli"))
 
 
-def test_runs_of_before_steps_were_kept_have_a_page_that_says_so(made, look, run_stage, tmp_path, reported) -> None:
+def test_runs_without_traces_have_a_page_that_says_so(made, look, run_stage, tmp_path, reported) -> None:
     shutil.copytree(reported, tmp_path / "old")
     for path in (tmp_path / "old").glob("prompt_*.json"):
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -553,16 +494,14 @@ def test_runs_of_before_steps_were_kept_have_a_page_that_says_so(made, look, run
     assert page.locator(".timeline").count() == 0
 
 
-def test_two_hundred_texts_of_five_hundred_tokens_are_small_and_open_fast(look, tmp_path, gpt2_folder) -> None:
+def test_a_page_of_100000_tokens_is_small_and_opens_lazily(look, tmp_path, gpt2_folder) -> None:
     path = tmp_path / "page.html"
     write_large(path, load_words())
     assert path.stat().st_size < 10e6
-    for _ in range(3):  # on a machine that does other things too
-        page = look(path)
-        seconds = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000
-        if seconds < 2:
-            break
-    assert seconds < 2
+    page = look(path)
+    # What is not near the screen is plain text yet: its marks, an element each, are to come.
+    n_marks = sum(len(text["proposals"]) for text in data_of(path)["texts"])
+    assert page.evaluate("document.querySelectorAll('*').length") < n_marks / 10
     assert page.locator("article").count() == 200
     assert (
         page.evaluate("[...document.querySelectorAll('article')].filter((article) => article.isUpgraded).length") < 20
@@ -623,32 +562,35 @@ def write_large(path: Path, words: list[str], n_texts: int = 200, n_tokens: int 
             ends = np.unique(ends)
             starts, lengths = ends - np.diff(ends, prepend=40), np.diff(ends, prepend=40)
             similarities = np.where(lengths > 1, 0.9, 0.5) + rng.uniform(0, 0.1, len(ends))
-            seen = [ProposalRecord(*each) for each in zip(starts.tolist(), range(len(ends)), similarities.tolist(), strict=True)]
+            records = [
+                ProposalRecord(*each)
+                for each in zip(starts.tolist(), range(len(ends)), similarities.tolist(), strict=True)
+            ]
             chunks = [
                 AcceptedChunk(at.position, ids[at.position : at.position + n], at.similarity)
-                for at, n in zip(seen, lengths.tolist(), strict=True)
+                for at, n in zip(records, lengths.tolist(), strict=True)
                 if at.similarity >= 0.9
             ]
-            moments = [
+            steps = [
                 StepRecord(end, 0.005 * i, 0.0005 * i, 0.00001 * i, 0) for i, end in enumerate([40, *ends.tolist()], 1)
             ]
-            stats = GenerationStats(len(moments), 3.0, 2.5, 0.4)
-            generation = Generation(index, ids[:40], ids[40:], chunks, stats, Trace(moments, seen))
+            stats = GenerationStats(len(steps), 3.0, 2.5, 0.4)
+            generation = Generation(index, ids[:40], ids[40:], chunks, stats, Trace(steps, records))
             yield generation, Generation(index, ids[:40], ids[:n_tokens], [], stats)
 
-    def again(generation: Generation) -> RescoredText:
+    def rescored(generation: Generation) -> RescoredText:
         assert generation.trace is not None
         found = []
-        for seen in generation.trace.proposals:
-            i = generation.index * n_tokens + seen.row
+        for record in generation.trace.proposals:
+            i = generation.index * n_tokens + record.row
             window, place = i % n_windows, i // n_windows % (N_WINDOW_TOKENS - 4)
             entry, *chunk = (window_token(window, place + ahead, n_words) for ahead in range(4))
             rivals = [([i * k % n_words, i % 7], 0.5) for k in (3, 5, 7)]
-            found.append(RescoredProposal(seen._replace(row=i), entry, chunk, window, place, rivals))
+            found.append(RescoredProposal(record._replace(row=i), entry, chunk, window, place, rivals))
         return RescoredText(np.full(len(generation.token_ids), -1.0), found)
 
     trie_folder = write_windows(path.parent, n_windows, n_words)
     run = ReportRun(
         RUN, "large", [], 0.9, "threshold", AcceptanceMap.from_threshold(0.9, 0.999), False, "x", trie_folder
     )
-    write_report(path, run, {"runs": {}}, texts(), decode, again)
+    write_report(path, run, {"runs": {}}, texts(), decode, rescored)

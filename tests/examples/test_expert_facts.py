@@ -1,30 +1,26 @@
 """Expert facts: the committed directory, the counting of answers, and the example script on a random model."""
 
-import importlib.util
+import importlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from utils.text.corpora import read_passages
-from utils.expert_facts import Count, Question, best_threshold, count, holds, read_questions, wilson_interval
+from examples.fact_questions import Count, Question, best_threshold, count, holds, read_questions, wilson_interval
 from utils.files import InputError
+from utils.text.corpora import read_passages
 
-ROOT = Path(__file__).resolve().parent.parent
 DIRECTORY = ROOT / "examples/staff_directory.json"
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"examples/{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"examples.{name}")
 
 
 def test_the_committed_directory_is_the_one_that_its_script_makes(tmp_path: Path) -> None:
@@ -32,7 +28,7 @@ def test_the_committed_directory_is_the_one_that_its_script_makes(tmp_path: Path
     assert (tmp_path / "made.json").read_bytes() == DIRECTORY.read_bytes()
 
 
-def test_every_span_of_the_directory_holds_its_fact_alone_and_no_question_is_a_copy() -> None:
+def test_spans_hold_their_fact_alone_and_no_question_is_a_copy() -> None:
     entries = json.loads(DIRECTORY.read_text())
     texts, facts = [entry["text"] for entry in entries], [entry["fact"] for entry in entries]
     assert len({entry["name"] for entry in entries}) >= 40
@@ -105,8 +101,19 @@ def test_the_script_refuses_to_hold_out_everybody(tmp_path: Path) -> None:
 
 
 def test_facts_are_generated_where_the_context_is_the_texts_own(
-    gpt2_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    gpt2_folder: Path,
+    tmp_path: Path,
+    run_stage: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    script, stage = load("expert_facts"), load("expert_facts").stage
+
+    def stage_here(name: str, *flags: object) -> None:
+        """Spares the import of torch: stage 1 alone is run as from a shell."""
+        (stage if name == "preprocess_dataset.py" else run_stage)(name, *flags)
+
+    monkeypatch.setattr(script, "stage", stage_here)
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=320,
@@ -120,7 +127,7 @@ def test_facts_are_generated_where_the_context_is_the_texts_own(
     )
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(gpt2_folder).save_pretrained(tmp_path / "model")
-    entries = []
+    entries: list[dict[str, object]] = []
     for name, fact in (("the cat", "417"), ("the dog", "98 🙂"), ("the fox", "over")):
         before, marked = f"the room of {name}", f" is {fact},"
         spans = [[len(before), len(before + marked)]]
@@ -137,7 +144,7 @@ def test_facts_are_generated_where_the_context_is_the_texts_own(
         "--output_dir",
         tmp_path / "out",
     ]
-    load("expert_facts").main([str(flag) for flag in (*flags, "--n_held_out", 1, "--max_new_tokens", 12)])
+    script.main([str(flag) for flag in (*flags, "--n_held_out", 1, "--max_new_tokens", 12)])
     results = json.loads((tmp_path / "out/expert_facts.json").read_text())
     found: dict[tuple[str, str], tuple[int, int]] = {}
     for row in results["table"]:

@@ -1,38 +1,60 @@
 """Hidden states on disk: what is read is what was written, each file is whole or not there, and damage is named."""
 
-import time
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-import utils.extraction.hidden_states
+from utils.extraction import hidden_states
+from utils.extraction.hidden_states import (
+    HiddenStateShape,
+    PartialH5,
+    hidden_states_path,
+    map_all_hidden_states,
+    read_hidden_states,
+    read_index_map,
+    windows_with_hidden_states,
+    write_dat,
+    write_hidden_states,
+    write_index_maps,
+)
 from utils.files import InputError
 from utils.json_io import write_json
-from utils.extraction.hidden_states import HiddenStateFiles, HiddenStateShape, UnfinishedH5, begin_h5, construct_memmap, dat_is_whole, discard_intermediates, hidden_states_path, map_all_hidden_states, memmap_is_whole, read_hidden_states, read_index_map, rows_to_write, windows_with_hidden_states, write_hidden_states
 
 LENGTHS = np.array([3, 1, 5, 2])
+FIRSTS = np.array([0, 3, 4, 9])
 HIDDEN_SIZE = 6
 
 
-def write_windows(folder: Path, dtype: str = "float32") -> tuple[HiddenStateFiles, HiddenStateShape, list[np.ndarray]]:
-    files = HiddenStateFiles(folder, "train")
-    files.folder.mkdir(parents=True)
+def write_windows(output_dir: Path, dtype: str = "float32") -> tuple[Path, HiddenStateShape, list[np.ndarray]]:
+    """A folder `train` with the .npy of each window."""
+    folder = output_dir / "train"
+    folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     arrays = [generator.standard_normal((length, HIDDEN_SIZE)).astype(dtype) for length in LENGTHS]
     for window, array in enumerate(arrays):
-        write_hidden_states(files.folder, window, array)
-    return files, HiddenStateShape(len(LENGTHS), int(LENGTHS.sum()), HIDDEN_SIZE, np.dtype(dtype)), arrays
+        write_hidden_states(folder, window, array)
+    return folder, HiddenStateShape(len(LENGTHS), int(LENGTHS.sum()), HIDDEN_SIZE, np.dtype(dtype)), arrays
 
 
-def construct(files: HiddenStateFiles, shape: HiddenStateShape, keep_dat: bool = True) -> None:
-    construct_memmap(files, LENGTHS, shape, keep_dat)
-    assert not files.part.exists()
+def make_h5(folder: Path, shape: HiddenStateShape) -> Path:
+    """The .h5 of a folder's windows, beside it."""
+    part = folder.with_name("train.h5.part")
+    PartialH5.begin(part, shape)
+    with PartialH5(part, shape) as h5:
+        h5.copy_missing_rows(folder, LENGTHS)
+        h5.finish()
+    assert not part.exists()
+    return folder.with_name("train.h5")
 
 
-def bytes_of(files: HiddenStateFiles) -> list[bytes]:
-    return [getattr(files, name).read_bytes() for name in FILES]
+def rows_left(part: Path, shape: HiddenStateShape, lengths: np.ndarray = LENGTHS) -> list[bool]:
+    with PartialH5(part, shape) as h5:
+        return h5.rows_left(lengths).tolist()
+
+
+# ---- All windows in one file
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -40,160 +62,107 @@ def bytes_of(files: HiddenStateFiles) -> list[bytes]:
 def test_all_rows_stand_in_the_windows_order(
     dtype: str, copy_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(utils.hidden_states, "COPY_BYTES", copy_bytes)
-    files, shape, arrays = write_windows(tmp_path, dtype)
-    construct(files, shape)
+    monkeypatch.setattr(hidden_states, "COPY_BYTES", copy_bytes)
+    folder, shape, arrays = write_windows(tmp_path, dtype)
+    h5, dat = make_h5(folder, shape), tmp_path / "train.dat"
+    write_dat(h5, dat)
     rows = np.concatenate(arrays)
-    np.testing.assert_array_equal(map_all_hidden_states(files.h5), rows)
-    np.testing.assert_array_equal(np.fromfile(files.dat, dtype=dtype).reshape(11, HIDDEN_SIZE), rows)
-    with h5py.File(files.h5) as file:  # as any other program reads it
+    np.testing.assert_array_equal(map_all_hidden_states(h5), rows)
+    np.testing.assert_array_equal(np.fromfile(dat, dtype=dtype).reshape(11, HIDDEN_SIZE), rows)
+    with h5py.File(h5) as file:  # as any other program reads it
         assert list(file) == ["all_hidden_states"]
         assert file["all_hidden_states"].chunks is None
         assert file["all_hidden_states"].dtype == dtype
         np.testing.assert_array_equal(file["all_hidden_states"][:], rows)
-    assert read_index_map(files.index_to_seqlen).tolist() == [3, 1, 5, 2]
-    assert read_index_map(files.index_to_acc_index).tolist() == [0, 3, 4, 9]
-    assert files.index_to_acc_index.read_text() == '{"0": 0, "1": 3, "2": 4, "3": 9}\n'
-    assert memmap_is_whole(files, shape)
 
 
-def test_the_same_rows_give_the_same_bytes_at_another_time(tmp_path: Path) -> None:
-    first, shape, _ = write_windows(tmp_path / "a")
-    construct(first, shape)
-    second, shape, _ = write_windows(tmp_path / "b")
-    time.sleep(1.1)  # HDF5 notes times in whole seconds
-    construct(second, shape)
-    assert bytes_of(first) == bytes_of(second)
+def test_index_maps_are_lengths_and_first_rows(tmp_path: Path) -> None:
+    seqlen, acc_index = tmp_path / "seqlen.json", tmp_path / "acc_index.json"
+    write_index_maps(seqlen, acc_index, LENGTHS)
+    assert seqlen.read_text() == '{"0": 3, "1": 1, "2": 5, "3": 2}\n'
+    assert acc_index.read_text() == '{"0": 0, "1": 3, "2": 4, "3": 9}\n'
+    assert read_index_map(seqlen).tolist() == LENGTHS.tolist()
+    assert read_index_map(acc_index).tolist() == FIRSTS.tolist()
 
 
-FILES = ("dat", "h5", "index_to_seqlen", "index_to_acc_index")
+def test_rows_written_in_any_order_give_the_same_h5_as_npy_files(tmp_path: Path) -> None:
+    folder, shape, arrays = write_windows(tmp_path / "npy")
+    whole = make_h5(folder, shape).read_bytes()
+    direct = tmp_path / "direct" / "train"
+    direct.mkdir(parents=True)
+    part = tmp_path / "direct" / "train.h5.part"
+    PartialH5.begin(part, shape)
+    with PartialH5(part, shape) as one, PartialH5(part, shape) as other:
+        for h5, window in ((one, 2), (other, 0), (other, 3)):
+            h5.write(window, FIRSTS[window], arrays[window])
+    assert rows_left(part, shape) == [False, True, False, False]
+    PartialH5.begin(part, shape)  # as a run that goes on does
+    assert rows_left(part, shape) == [False, True, False, False]
+    write_hidden_states(direct, 1, arrays[1])  # read from there
+    assert make_h5(direct, shape).read_bytes() == whole
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [*((name, damage) for name in FILES for damage in ("cut", "missing", "empty")), ("dat", "longer")],
-)
-def test_a_half_written_file_is_made_again(name: str, damage: str, tmp_path: Path) -> None:
-    files, shape, _ = write_windows(tmp_path)
-    construct(files, shape)
-    whole = bytes_of(files)
-    path: Path = getattr(files, name)
-    content = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes({"cut": content[:-7], "empty": b"", "longer": content + b"1234567"}[damage])
-    assert not (memmap_is_whole(files, shape) and dat_is_whole(files, shape))
-    construct(files, shape)
-    assert bytes_of(files) == whole
-
-
-def test_what_is_whole_is_not_written_again(tmp_path: Path) -> None:
-    files, shape, _ = write_windows(tmp_path)
-    construct(files, shape)
-    before = files.h5.stat().st_mtime_ns, files.dat.stat().st_mtime_ns
-    construct(files, shape)
-    assert (files.h5.stat().st_mtime_ns, files.dat.stat().st_mtime_ns) == before
-
-
-def test_there_is_a_dat_only_where_it_is_asked_for(tmp_path: Path) -> None:
-    files, shape, _ = write_windows(tmp_path)
-    construct(files, shape, keep_dat=False)
-    assert memmap_is_whole(files, shape)
-    assert not files.dat.exists()
+def test_a_run_cut_off_before_the_h5_is_renamed_goes_on(tmp_path: Path) -> None:
+    folder, shape, _ = write_windows(tmp_path)
+    h5, part = make_h5(folder, shape), tmp_path / "train.h5.part"
+    whole = h5.read_bytes()
+    h5.rename(part)
     for window in range(len(LENGTHS)):
-        hidden_states_path(files.folder, window).unlink()
-    construct(files, shape)  # from the .h5
-    assert dat_is_whole(files, shape)
-
-
-def test_rows_that_are_written_in_any_order_give_the_same_h5_as_npy_files(tmp_path: Path) -> None:
-    files, shape, arrays = write_windows(tmp_path / "npy")
-    construct(files, shape)
-    direct = HiddenStateFiles(tmp_path / "direct", "train")
-    direct.folder.mkdir(parents=True)
-    begin_h5(direct, shape)
-    firsts = np.cumsum(LENGTHS) - LENGTHS
-    with UnfinishedH5(direct, shape) as one, UnfinishedH5(direct, shape) as other:
-        for part, window in ((one, 2), (other, 0), (other, 3)):
-            part.write(window, firsts[window], arrays[window])
-    assert rows_to_write(direct, LENGTHS, shape).tolist() == [False, True, False, False]
-    begin_h5(direct, shape)  # as a run that goes on does
-    assert rows_to_write(direct, LENGTHS, shape).tolist() == [False, True, False, False]
-    write_hidden_states(direct.folder, 1, arrays[1])  # read from there
-    construct_memmap(direct, LENGTHS, shape)
-    assert not rows_to_write(direct, LENGTHS, shape).any()
-    assert direct.h5.read_bytes() == files.h5.read_bytes()
-
-
-def test_a_run_that_is_cut_off_before_the_h5_is_renamed_goes_on(tmp_path: Path) -> None:
-    files, shape, _ = write_windows(tmp_path)
-    construct(files, shape)
-    whole = files.h5.read_bytes()
-    files.h5.rename(files.part)
-    assert not rows_to_write(files, LENGTHS, shape).any()
-    construct(files, shape)
-    assert files.h5.read_bytes() == whole
+        hidden_states_path(folder, window).unlink()
+    assert rows_left(part, shape) == [False] * 4
+    assert make_h5(folder, shape).read_bytes() == whole
 
 
 def test_rows_that_a_power_cut_lost_are_found(tmp_path: Path) -> None:
     """As after a crash of the machine: the marks are on the disk, a page of the rows is not."""
     lengths = np.array([700, 400, 900])
-    shape = HiddenStateShape(3, 2000, HIDDEN_SIZE, np.dtype("float32"))
-    files = HiddenStateFiles(tmp_path, "train")
-    begin_h5(files, shape)
-    with UnfinishedH5(files, shape) as part:
+    shape, part = HiddenStateShape(3, 2000, HIDDEN_SIZE, np.dtype("float32")), tmp_path / "train.h5.part"
+    PartialH5.begin(part, shape)
+    with PartialH5(part, shape) as h5:
         for window, first in enumerate((0, 700, 1100)):
-            part.write(window, first, np.full((lengths[window], HIDDEN_SIZE), 0.5, dtype=np.float32))
-    assert not rows_to_write(files, lengths, shape).any()
-    with open(files.part, "r+b") as file:
+            h5.write(window, first, np.full((lengths[window], HIDDEN_SIZE), 0.5, dtype=np.float32))
+    assert rows_left(part, shape, lengths) == [False] * 3
+    with open(part, "r+b") as file:
         file.seek(8 * 4096)
         file.write(bytes(4096))
-    assert rows_to_write(files, lengths, shape).tolist() == [False, False, True]
+    assert rows_left(part, shape, lengths) == [False, False, True]
 
 
-@pytest.mark.parametrize("damage", ["cut", "no HDF5", "other shape"])
-def test_a_damaged_part_is_begun_anew(damage: str, tmp_path: Path) -> None:
-    files, shape, _ = write_windows(tmp_path)
-    begin_h5(files, shape if damage != "other shape" else HiddenStateShape(4, 12, HIDDEN_SIZE, shape.dtype))
-    if damage != "other shape":
-        content = files.part.read_bytes()
-        files.part.write_bytes(content[:-40] if damage == "cut" else b"x" * len(content))
-    assert rows_to_write(files, LENGTHS, shape).all()
-    construct(files, shape)
-    assert memmap_is_whole(files, shape)
+@pytest.mark.parametrize("damage", ["cut", "no HDF5", "other shape", "other dtype", "other windows"])
+def test_a_part_of_something_else_is_refused_and_begun_anew(damage: str, tmp_path: Path) -> None:
+    folder, shape, arrays = write_windows(tmp_path)
+    part = tmp_path / "train.h5.part"
+    others = {
+        "other shape": HiddenStateShape(4, 12, HIDDEN_SIZE, shape.dtype),
+        "other dtype": HiddenStateShape(4, 11, HIDDEN_SIZE, np.dtype("float16")),
+        "other windows": HiddenStateShape(5, 11, HIDDEN_SIZE, shape.dtype),
+    }
+    PartialH5.begin(part, others.get(damage, shape))
+    if damage not in others:
+        content = part.read_bytes()
+        part.write_bytes(content[:-40] if damage == "cut" else b"x" * len(content))
+    with pytest.raises(InputError, match=rf"^{part}: .*run stage 2 again"):
+        PartialH5(part, shape)
+    PartialH5.begin(part, shape)
+    assert rows_left(part, shape) == [True] * 4
+    np.testing.assert_array_equal(map_all_hidden_states(make_h5(folder, shape)), np.concatenate(arrays))
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
-    files = HiddenStateFiles(tmp_path, "train")
-    with pytest.raises(InputError, match=r"train.h5: takes 4,000,000.0 GB, but .* GB are free on its disk"):
-        begin_h5(files, HiddenStateShape(10, 10**6, 10**9, np.dtype("float32")))
+    with pytest.raises(InputError, match=r"train\.h5: takes 4,000,000\.0 GB, but .* GB are free on its disk"):
+        PartialH5.begin(tmp_path / "train.h5.part", HiddenStateShape(10, 10**6, 10**9, np.dtype("float32")))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_memmap_of_another_shape_or_dtype_is_not_whole(tmp_path: Path) -> None:
-    files, shape, _ = write_windows(tmp_path)
-    construct(files, shape)
-    for other in (
-        HiddenStateShape(4, 12, HIDDEN_SIZE, shape.dtype),
-        HiddenStateShape(5, 11, HIDDEN_SIZE, shape.dtype),
-        HiddenStateShape(4, 11, HIDDEN_SIZE + 1, shape.dtype),
-        HiddenStateShape(4, 11, HIDDEN_SIZE, np.dtype("float16")),
-    ):
-        assert not memmap_is_whole(files, other)
+# ---- One file per window
 
 
-def test_intermediates_go_only_where_the_h5_is_whole(tmp_path: Path) -> None:
-    files, shape, arrays = write_windows(tmp_path)
-    with pytest.raises(AssertionError):
-        discard_intermediates(files, shape)
-    assert windows_with_hidden_states(files.folder) == [0, 1, 2, 3]
-    construct(files, shape)
-    (files.folder / "token_probs_0.json").write_text("[]")
-    discard_intermediates(files, shape)
-    assert [path.name for path in files.folder.iterdir()] == ["token_probs_0.json"]
-    assert not files.dat.exists()
-    np.testing.assert_array_equal(map_all_hidden_states(files.h5), np.concatenate(arrays))
+def test_windows_with_a_file_are_told_by_its_name(tmp_path: Path) -> None:
+    for name in ("hidden_states_10.npy", "hidden_states_2.npy", "hidden_states_0.npy"):
+        (tmp_path / name).write_text("")
+    for name in ("hidden_states_07.npy", ".hidden_states_3.npy.tmp", "hidden_states_x.npy", "token_probs_4.json"):
+        (tmp_path / name).write_text("")
+    assert windows_with_hidden_states(tmp_path) == [0, 2, 10]
 
 
 def damaged_npy(array: np.ndarray, damage: str, path: Path) -> None:
@@ -235,21 +204,21 @@ def damaged_npy(array: np.ndarray, damage: str, path: Path) -> None:
     ],
 )
 def test_a_damaged_npy_is_named_and_leaves_no_h5(damage: str, message: str, tmp_path: Path) -> None:
-    files, shape, arrays = write_windows(tmp_path)
-    path = hidden_states_path(files.folder, 2)
+    folder, shape, arrays = write_windows(tmp_path)
+    path = hidden_states_path(folder, 2)
     damaged_npy(arrays[2], damage, path)
     with pytest.raises(InputError, match=f"^{path}: {message}"):
-        construct(files, shape)
+        make_h5(folder, shape)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["train", "train.h5.part"]
 
 
 def test_a_window_is_read_as_it_was_written(tmp_path: Path) -> None:
-    files, _, arrays = write_windows(tmp_path, "float16")
-    found = read_hidden_states(files.folder, 3)
+    folder, _, arrays = write_windows(tmp_path, "float16")
+    found = read_hidden_states(folder, 3)
     assert found.dtype == np.float16
     np.testing.assert_array_equal(found, arrays[3])
     np.save(tmp_path / "plain.npy", arrays[3])
-    assert hidden_states_path(files.folder, 3).read_bytes() == (tmp_path / "plain.npy").read_bytes()
+    assert hidden_states_path(folder, 3).read_bytes() == (tmp_path / "plain.npy").read_bytes()
 
 
 @pytest.mark.parametrize(

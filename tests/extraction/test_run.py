@@ -7,24 +7,25 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from architectures import Scripted
 from conftest import TEXTS
-from processes import in_child, killed_before_rename, on_full_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import utils.extraction.run
-from utils.extraction.run import WindowWriter, window_nll
-from utils.lm.scoring import probabilities_of, score_windows
-from utils.files import InputError, sole_writer_of_part
-from utils.manifest import read_finished
+from benchmarks.faults.processes import in_child, killed_before_rename, on_full_disk
 from utils.extraction.hidden_states import hidden_states_path, read_hidden_states, windows_with_hidden_states
-from utils.lm.model import CausalLM, load_lm, load_tokenizer
-from utils.lm.fingerprint import model_fingerprint, tokenizer_fingerprint
+from utils.extraction.run import N_PLACES, WindowWriter, probabilities_of, window_nll
 from utils.extraction.token_probs import STAGE, read_token_probs, token_probs_path, windows_with_token_probs
+from utils.files import InputError, exclusive_lock
+from utils.lm.fingerprint import model_fingerprint, tokenizer_fingerprint
+from utils.lm.model import CausalLM, load_lm, load_tokenizer
+from utils.lm.scoring import score_windows, start_scoring
+from utils.manifest import read_finished
 from utils.text.windows import WindowShape
 
 SHAPE = {"chunk_size": 24, "stride": 18, "min_length": 10}
@@ -51,16 +52,16 @@ class Stage:
     """The command line with a model, a text and an output folder; flags may be left out with None, or added."""
 
     def __init__(self, run: Callable[..., object], model: Path, data: Path, output_dir: Path) -> None:
-        self._run, self._model, self._data, self.output_dir = run, model, data, output_dir
+        self.run, self.model, self.data, self.output_dir = run, model, data, output_dir
 
-    def __call__(self, *switches: object, **changed: object) -> object:
-        paths = {"model_path": self._model, "data_dir": self._data, "output_dir": self.output_dir}
+    def __call__(self, *switches: object, **changed: object) -> Any:
+        paths = {"model_path": self.model, "data_dir": self.data, "output_dir": self.output_dir}
         flags: dict[str, object] = {**paths, "partition": "train", "batch_size": 3, **SHAPE, **changed}
         pairs = [(f"--{name}", value) for name, value in flags.items() if value is not None]
-        return self._run(STAGE, *(word for pair in pairs for word in pair), *switches)
+        return self.run(STAGE, *(word for pair in pairs for word in pair), *switches)
 
     def to(self, output_dir: Path) -> "Stage":
-        return Stage(self._run, self._model, self._data, output_dir)
+        return Stage(self.run, self.model, self.data, output_dir)
 
     @property
     def folder(self) -> Path:
@@ -223,7 +224,7 @@ def test_a_chunk_size_equal_to_the_stride_works(stage: Stage) -> None:
     lengths = [len(read_token_probs(stage.folder, i)[1]) for i in windows_with_token_probs(stage.folder)]
     assert max(lengths) == 24
     ids = [token for i in range(len(lengths)) for token in read_token_probs(stage.folder, i)[1].tolist()]
-    tokenizer = load_tokenizer(str(stage._model))
+    tokenizer = load_tokenizer(str(stage.model))
     texts = [*TEXTS, TEXTS[2][:90]]
     assert ids == [token for text in texts for token in tokenizer.encode(text)]
 
@@ -251,19 +252,6 @@ def test_windows_of_one_token_have_no_perplexity(stage: Stage, capsys: pytest.Ca
 # ---- Numbers that go wrong
 
 
-class Scripted(CausalLM):
-    """A model whose logits and hidden states the test gives."""
-
-    def __init__(self, lm: CausalLM, change: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
-        super().__init__(lm.model, lm.name)
-        self._change = change
-
-    def forward(self, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_states, logits = super().forward(*args, **kwargs)
-        self._change(hidden_states, logits)
-        return hidden_states, logits
-
-
 @pytest.fixture
 def tiny_lm(gpt2_folder: Path) -> CausalLM:
 
@@ -271,30 +259,6 @@ def tiny_lm(gpt2_folder: Path) -> CausalLM:
 
 
 IDS = np.arange(20).reshape(2, 10)
-
-
-@pytest.mark.parametrize("slice_values", [1, 2 * 320 * 3, 1 << 24])
-def test_slices_of_the_logits_give_the_log_softmax(
-    slice_values: int, tiny_lm: CausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-
-    monkeypatch.setattr(utils.extraction, "SLICE_VALUES", {"cpu": slice_values})
-    log_probs = score_windows(tiny_lm, IDS).log_probs
-    with torch.no_grad():
-        expected = tiny_lm.model(torch.as_tensor(IDS)).logits.log_softmax(-1).numpy()
-    assert (log_probs[:, 0] == 0).all()
-    for row, position in np.ndindex(2, 9):
-        assert log_probs[row, position + 1] == pytest.approx(expected[row, position, IDS[row, position + 1]], abs=1e-5)
-
-
-def test_no_float32_copy_of_all_logits_is_made(tiny_lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-
-    sizes = []
-    logsumexp = torch.Tensor.logsumexp
-    monkeypatch.setattr(torch.Tensor, "logsumexp", lambda x, dim: (sizes.append(x.numel()), logsumexp(x, dim))[1])
-    monkeypatch.setattr(utils.extraction, "SLICE_VALUES", {"cpu": 2 * 320 * 4})
-    score_windows(tiny_lm, IDS)
-    assert sizes == [2 * 320 * 4, 2 * 320 * 4, 2 * 320]
 
 
 def test_certain_and_impossible_tokens_stay_probabilities(tiny_lm: CausalLM) -> None:
@@ -338,10 +302,11 @@ def test_a_number_that_is_none_is_refused_with_its_window(
             value = {"hidden state": math.nan, "infinite hidden state": math.inf, "large hidden state": 7e4}[where]
             hidden_states[1, 9, 3] = value
 
-    scores = score_windows(Scripted(tiny_lm, change), IDS, np.dtype("float16"))
-    writer = WindowWriter(tmp_path, load_tokenizer(str(gpt2_folder)), 320)
+    tokenizer, half, firsts = load_tokenizer(str(gpt2_folder)), np.dtype("float16"), np.zeros(8, dtype=np.int64)
+    writer = WindowWriter(tmp_path, tokenizer, 320, half, tmp_path, None, firsts)
+    pending = start_scoring(Scripted(tiny_lm, change), IDS, writer.hidden_dtype)
     with pytest.raises(InputError, match=f"^{message}"):
-        writer.write(np.array([4, 7]), IDS, scores)
+        writer.write(np.array([4, 7]), IDS, pending)
     assert windows_with_token_probs(tmp_path) == [4]
 
 
@@ -428,7 +393,7 @@ def test_a_memmap_is_added_without_the_model(stage: Stage, tmp_path: Path, monke
     stage("--save_hidden_states")
     both = stage.to(tmp_path / "both")
     both("--save_hidden_states", "--construct_memmap")
-    monkeypatch.setattr("utils.models.load_lm", None)
+    monkeypatch.setattr("utils.extraction.run.load_lm", None)
     stage("--save_hidden_states", "--construct_memmap")
     assert contents(stage.output_dir) == contents(both.output_dir)
 
@@ -452,7 +417,7 @@ def test_intermediates_are_discarded_and_stay_so(stage: Stage, tmp_path: Path, m
     assert {name for name in found if found[name] != kept[name]} == {"train_manifest.json", "train_checksums.txt"}
     assert stage.manifest["results"]["outputs"] == ["token_probs", "memmap"]
 
-    monkeypatch.setattr("utils.models.load_lm", None)
+    monkeypatch.setattr("utils.extraction.run.load_lm", None)
     for switches in (flags, ("--construct_memmap",), ("--save_hidden_states",), ()):
         stage(*switches)
         assert contents(stage.output_dir) == found
@@ -469,7 +434,7 @@ def test_a_deletion_that_was_cut_off_goes_on(stage: Stage, tmp_path: Path, monke
     whole = contents(stage.output_dir)
     for name in ("train/hidden_states_3.npy", "train/hidden_states_9.npy"):
         (stage.output_dir / name).write_bytes(spared[name])
-    monkeypatch.setattr("utils.models.load_lm", None)
+    monkeypatch.setattr("utils.extraction.run.load_lm", None)
     stage(*flags)
     assert contents(stage.output_dir) == whole
 
@@ -482,6 +447,38 @@ def test_a_damaged_h5_is_made_again_also_without_intermediates(stage: Stage) -> 
         path.write_bytes(path.read_bytes()[:-1000])
         stage(*flags)
         assert contents(stage.output_dir) == whole
+
+
+ENDS = [".dat", ".h5", "_index_to_seqlen.json", "_index_to_acc_index.json"]
+
+
+@pytest.mark.parametrize(
+    ("end", "damage"),
+    [*((end, damage) for end in ENDS for damage in ("cut off", "missing", "empty")), (".dat", "longer")],
+)
+def test_a_half_written_file_of_all_windows_is_made_again(end: str, damage: str, stage: Stage, data: Path) -> None:
+    write_text(data, [TEXTS[0][:150]])
+    flags = ("--construct_memmap", "--keep_dat")
+    stage(*flags)
+    whole, path = contents(stage.output_dir), stage.output_dir / f"train{end}"
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"cut off": content[:-7], "empty": b"", "longer": content + b"1234567"}[damage])
+    stage(*flags)
+    assert contents(stage.output_dir) == whole
+
+
+def test_a_dat_is_made_where_it_is_asked_for_and_of_a_whole_h5(stage: Stage) -> None:
+    h5, dat = stage.output_dir / "train.h5", stage.output_dir / "train.dat"
+    stage("--construct_memmap", "--discard_intermediates")
+    assert not dat.exists()
+    written = h5.stat().st_mtime_ns
+    stage("--construct_memmap", "--keep_dat")
+    assert h5.stat().st_mtime_ns == written
+    assert not windows_with_hidden_states(stage.folder)
+    with h5py.File(h5) as file:
+        assert dat.read_bytes() == file["all_hidden_states"][:].tobytes()
 
 
 def test_flags_change_freely_while_there_is_no_output(stage: Stage, refused: Stage, tmp_path: Path) -> None:
@@ -522,7 +519,8 @@ def test_a_text_that_cannot_be_used_is_refused(
     damage(data)
     found = refused()
     assert re.search(message, found), found
-    assert {path.name for path in refused.output_dir.rglob("*")} <= {"train", ".train_extraction.lock"}
+    there = {path.name for path in refused.output_dir.rglob("*")}
+    assert there <= {"train", ".train_extraction.lock", ".train_plan.lock"}
 
 
 @pytest.mark.parametrize(
@@ -636,7 +634,7 @@ def test_files_of_windows_that_are_not_in_the_text_are_refused(stage: Stage, ref
 
 
 @pytest.mark.parametrize("damage", ["cut", "other tokens"])
-def test_a_damaged_file_of_an_interrupted_run_is_named(damage: str, stage: Stage, refused: Stage) -> None:
+def test_a_damaged_file_is_named_where_another_was_lost(damage: str, stage: Stage, refused: Stage) -> None:
     stage()
     path = token_probs_path(stage.folder, 0)
     rows = json.loads(path.read_text())
@@ -645,6 +643,16 @@ def test_a_damaged_file_of_an_interrupted_run_is_named(damage: str, stage: Stage
     token_probs_path(stage.folder, len(windows_with_token_probs(stage.folder)) - 1).unlink()
     assert refused().startswith(str(path))
     path.unlink()
+    stage()
+
+
+def test_a_damaged_file_of_an_interrupted_run_is_named(stage: Stage, refused: Stage) -> None:
+    assert killed_before_rename(12, stage)
+    path = token_probs_path(stage.folder, 4)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    assert refused().startswith(f"{path}: is not whole JSON")
+    path.write_bytes(whole)
     stage()
 
 
@@ -684,14 +692,14 @@ def test_a_full_disk_is_named_and_what_was_whole_stays_whole(stage: Stage, tmp_p
         assert "File too large" in message
         assert "free space" in message
         for path, content in contents(limited.output_dir).items():
-            assert path == "train_manifest.json" or content == whole[path]
+            assert path in ("train_manifest.json", "train_plan.npy") or content == whole[path]
     limited("--construct_memmap", **flags)
     assert "train.dat" in on_full_disk(20_000, lambda: limited("--construct_memmap", "--keep_dat", **flags))
     limited("--construct_memmap", "--keep_dat", **flags)
     assert contents(limited.output_dir) == whole
 
 
-def test_hidden_states_are_on_the_disk_twice_at_the_most_and_once_where_intermediates_are_discarded(
+def test_hidden_states_are_on_disk_twice_at_most_and_once_if_discarded(
     stage: Stage, tmp_path: Path, renamed: list[str]
 ) -> None:
     """Also while the .h5 is made: just before it is renamed into place."""
@@ -711,7 +719,7 @@ def test_hidden_states_are_on_the_disk_twice_at_the_most_and_once_where_intermed
 
 def test_a_second_run_in_the_same_folder_is_refused(stage: Stage) -> None:
     stage.folder.mkdir(parents=True)
-    with sole_writer_of_part(stage.output_dir, "train_extraction"):
+    with exclusive_lock(stage.output_dir, "train_extraction", items=range(N_PLACES)):
         # A process is never refused by its own lock.
         _, message = in_child(stage)
     assert "another run is writing here" in message
@@ -721,7 +729,7 @@ def test_a_second_run_in_the_same_folder_is_refused(stage: Stage) -> None:
 def test_windows_are_cut_as_the_plan_says(stage: Stage, data: Path) -> None:
     write_text(data, TEXTS[:1])
     stage()
-    n_tokens = len(load_tokenizer(str(stage._model)).encode(TEXTS[0]))
+    n_tokens = len(load_tokenizer(str(stage.model)).encode(TEXTS[0]))
     bounds = WindowShape(**SHAPE).bounds(n_tokens)
     found = [len(read_token_probs(stage.folder, i)[1]) for i in windows_with_token_probs(stage.folder)]
     assert found == [end - start for start, end in bounds]

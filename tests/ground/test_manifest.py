@@ -1,5 +1,6 @@
-"""What a stage wrote is listed, and the next one names what was changed, cut off, lost or mixed in from another run."""
+"""Manifests: what a stage wrote is noted and listed, and the next names what was changed, cut off, lost or mixed in."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -8,15 +9,63 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crashes import Stage, build_stages
 
-from utils import manifest as checksums
-from utils.manifest import SummedFile, list_files, list_path, require_as_written, summed
+from benchmarks.faults.crashes import Stage, build_stages
+from utils import manifest as manifests
 from utils.files import InputError
-from utils.manifest import Manifest
 from utils.json_io import read_json, write_json
+from utils.manifest import (
+    Manifest,
+    SummedFile,
+    begin_stage,
+    file_sum,
+    finish_stage,
+    list_files,
+    list_path,
+    read_finished,
+    read_list,
+    require_as_written,
+    summed,
+)
 
 Refusal = Callable[..., str]
+
+
+# ---- Manifests
+
+
+def test_a_manifest_is_taken_up_by_the_same_arguments_only(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    begin_stage(path, "x.py", {"gamma": 0.5, "sizes": (1, 2)}, {"text": "abc"})
+    assert not begin_stage(path, "x.py", {"gamma": 0.5, "sizes": (1, 2)}, {"text": "abc"}).complete
+    with pytest.raises(InputError, match=r"made with --gamma 0\.5, this run has 0\.4"):
+        begin_stage(path, "x.py", {"gamma": 0.4, "sizes": (1, 2)}, {"text": "abc"})
+    with pytest.raises(InputError, match="made with the text 'abc', this run has 'abd'"):
+        begin_stage(path, "x.py", {"gamma": 0.5, "sizes": (1, 2)}, {"text": "abd"})
+    with pytest.raises(InputError, match=r"is no manifest of y\.py"):
+        begin_stage(path, "y.py", {}, {})
+
+
+def test_only_a_finished_stage_is_read_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    with pytest.raises(InputError, match=r"does not exist.*run x\.py first"):
+        read_finished(path, "x.py")
+    manifest = begin_stage(path, "x.py", {}, {})
+    with pytest.raises(InputError, match=r"x\.py did not end"):
+        read_finished(path, "x.py")
+    finish_stage(path, manifest, {"n": 3})
+    assert read_finished(path, "x.py").results == {"n": 3}
+
+
+@pytest.mark.parametrize("content", ["[]", '"x"', "{}", '{"stage": "x.py", "arguments": 1, "inputs": {}}'])
+def test_a_damaged_manifest_is_an_input_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"is no manifest of x\.py"):
+        read_finished(path, "x.py")
+
+
+# ---- Lists of files
 
 
 @pytest.fixture
@@ -94,9 +143,12 @@ def test_a_list_that_is_not_the_manifests_is_refused(
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../a", "a/../../b", "", "a\0b"])
-def test_a_list_that_leads_out_of_its_folder_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="no list of checksums"):
-        checksums._parse(f"cbf43926 9 {name}\n".encode())
+def test_a_list_that_leads_out_of_its_folder_is_refused(name: str, tmp_path: Path) -> None:
+    path, text = tmp_path / "manifest.json", f"cbf43926 9 {name}\n".encode()
+    list_path(path).write_bytes(text)
+    manifest = Manifest("x.py", {}, {}, files={"list_sha256": hashlib.sha256(text).hexdigest()})
+    with pytest.raises(InputError, match=r"checksums\.txt: cannot be read \(no list of checksums"):
+        read_list(path, manifest)
 
 
 def test_a_list_is_gone_on_with_and_reads_only_what_is_newer(
@@ -105,8 +157,7 @@ def test_a_list_is_gone_on_with_and_reads_only_what_is_newer(
     path, manifest, files = listed
     os.utime(list_path(path), ns=(2**60, 2 * 10**18))
     read: list[Path] = []
-    written = checksums._written
-    monkeypatch.setattr(checksums, "_written", lambda path: (read.append(path), written(path))[1])
+    monkeypatch.setattr(manifests, "file_sum", lambda path: (read.append(path), file_sum(path))[1])
     assert list_files(path, files) == manifest.files
     assert not read
     files[0].write_bytes(b"new")
@@ -126,12 +177,12 @@ def test_what_a_run_wrote_itself_is_listed_without_reading_it_again(
     assert path.read_bytes() == data
     read = list_files(tmp_path / "manifest.json", [path])
     list_path(tmp_path / "manifest.json").unlink()
-    monkeypatch.setattr(checksums, "_written", None)
-    written = {path.name: file.written, "of another run": file.written}
-    assert list_files(tmp_path / "manifest.json", [path], written) == read
+    monkeypatch.setattr(manifests, "file_sum", None)
+    sums = {path.name: file.sum, "of another run": file.sum}
+    assert list_files(tmp_path / "manifest.json", [path], sums) == read
 
 
-def test_a_file_without_a_buffer_is_written_whole_and_goes_on_past_what_it_holds(tmp_path: Path) -> None:
+def test_an_unbuffered_file_is_written_whole_past_what_it_holds(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"head....between....tail")
     with open(path, "r+b", buffering=0) as raw:
@@ -141,7 +192,7 @@ def test_a_file_without_a_buffer_is_written_whole_and_goes_on_past_what_it_holds
             file.write(data)
         file.read_to(None)
     assert path.read_bytes() == b"head\0\0\1\0betweenDATAtail"
-    assert file.written == checksums._written(path)
+    assert file.sum == file_sum(path)
 
 
 # ---- The stages

@@ -1,12 +1,10 @@
-"""Any causal LM loads quietly and gives what its head reads; two models are told apart; what cannot be used is named."""
+"""Any causal LM loads quietly and gives what its head reads; what cannot be used is named; copies keep every bit."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from architectures import CONFIGS, tiny_lm
@@ -14,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    GenerationConfig,
+    GPT2LMHeadModel,
     OPTConfig,
     OPTForCausalLM,
     T5Config,
@@ -21,8 +21,21 @@ from transformers import (
 )
 
 from utils.files import InputError
-from utils.lm.model import CausalLM, load_config, load_lm, load_tokenizer, max_positions, pick_device, require_known_ids, require_windows_fit
-from utils.lm.fingerprint import model_fingerprint, tokenizer_fingerprint
+from utils.lm.model import (
+    CausalLM,
+    eos_token_ids,
+    load_config,
+    load_lm,
+    load_tokenizer,
+    max_positions,
+    pack_tensors,
+    pick_device,
+    require_known_ids,
+    require_windows_fit,
+    to_host,
+    unpack_tensors,
+    upload,
+)
 
 FOLDERS = ("gpt2_folder", "llama_folder")
 
@@ -30,12 +43,6 @@ FOLDERS = ("gpt2_folder", "llama_folder")
 @pytest.fixture(params=FOLDERS)
 def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def copy(gpt2_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the GPT-2-style model that a test may damage."""
-    return Path(shutil.copytree(gpt2_folder, tmp_path / "copy"))
 
 
 # ---- One forward pass
@@ -48,18 +55,40 @@ def test_hidden_states_are_what_the_head_reads_and_logits_the_models_own(name: s
     n_ids = lm.model.config.get_text_config().vocab_size
     ids = torch.randint(0, n_ids, (2, 11), generator=torch.Generator().manual_seed(1))
     expected = lm.model(ids, output_hidden_states=True, use_cache=False)
-    hidden_states, logits = lm.forward(ids, use_cache=False)
+    hidden_states, logits = lm.forward(ids)
     assert hidden_states.shape == (2, 11, lm.hidden_size)
     torch.testing.assert_close(hidden_states, expected.hidden_states[-1], rtol=0, atol=0)
     torch.testing.assert_close(logits, expected.logits, rtol=0, atol=0)
-    last_hidden_states, last_logits = lm.forward(ids, logits_to_keep=3, use_cache=False)
+    last_hidden_states, last_logits = lm.forward(ids, logits_to_keep=3)
     torch.testing.assert_close(last_hidden_states, hidden_states[:, -3:])
-    all_hidden_states, one = lm.forward(ids, logits_to_keep=1, all_hidden=True, use_cache=False)
+    all_hidden_states, one = lm.forward(ids, logits_to_keep=1, all_hidden=True)
     torch.testing.assert_close(all_hidden_states, hidden_states)
     torch.testing.assert_close(one, logits[:, -1:])
     # Used without the object, the model is what it was.
     assert lm.model(ids, use_cache=False).logits.shape == logits.shape
     torch.testing.assert_close(last_logits, logits[:, -3:])
+
+
+class WithoutSlices(GPT2LMHeadModel):
+    """A model that computes all logits, whatever it is asked for, as some do."""
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: object) -> object:
+        assert "logits_to_keep" not in kwargs
+        return super().forward(input_ids, **kwargs)
+
+
+@torch.inference_mode()
+def test_of_a_model_that_computes_all_logits_the_last_are_kept() -> None:
+    kind, sizes = CONFIGS["gpt2"]
+    lm, ids = CausalLM(WithoutSlices(kind(**sizes)), "m"), torch.tensor([[3, 1, 4, 1, 5]])
+    hidden_states, logits = lm.forward(ids)
+    for n in (1, 3):
+        last_hidden_states, last_logits = lm.forward(ids, logits_to_keep=n)
+        torch.testing.assert_close(last_hidden_states, hidden_states[:, -n:])
+        torch.testing.assert_close(last_logits, logits[:, -n:])
+        all_hidden_states, last_logits = lm.forward(ids, logits_to_keep=n, all_hidden=True)
+        torch.testing.assert_close(all_hidden_states, hidden_states)
+        torch.testing.assert_close(last_logits, logits[:, -n:])
 
 
 @torch.inference_mode()
@@ -88,9 +117,9 @@ def test_a_loaded_model_is_the_one_that_was_saved(folder: Path) -> None:
     ("flag", "expected"),
     [("auto", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32")],
 )
-def test_dtype_is_float32_on_cpu_unless_asked_for(checkpoint: str, flag: str, expected: str, copy: Path) -> None:
-    AutoModelForCausalLM.from_pretrained(copy, dtype=checkpoint).save_pretrained(copy)
-    lm = load_lm(str(copy), dtype=flag)
+def test_dtype_is_float32_on_cpu_unless_asked_for(checkpoint: str, flag: str, expected: str, gpt2_copy: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(gpt2_copy, dtype=checkpoint).save_pretrained(gpt2_copy)
+    lm = load_lm(str(gpt2_copy), dtype=flag)
     assert lm.dtype == getattr(torch, expected)
     hidden_states, logits = lm.forward(torch.tensor([[1, 2, 3]]))
     assert hidden_states.dtype == logits.dtype == lm.dtype
@@ -99,7 +128,7 @@ def test_dtype_is_float32_on_cpu_unless_asked_for(checkpoint: str, flag: str, ex
 def test_loading_and_the_first_forward_pass_print_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_config(str(folder))
     load_tokenizer(str(folder))
-    load_lm(str(folder)).forward(torch.tensor([[1, 2, 3]]), use_cache=False)
+    load_lm(str(folder)).forward(torch.tensor([[1, 2, 3]]))
     assert capfd.readouterr() == ("", "")
 
 
@@ -168,18 +197,18 @@ BROKEN_INDEX = json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors
         (bert, "its first positions read the later ones, so it is not a causal LM"),
     ],
 )
-def test_weights_that_cannot_be_used_are_refused(damage: Callable[[Path], None], message: str, copy: Path) -> None:
-    damage(copy)
-    with pytest.raises(InputError, match=f"^{copy}: {message}") as refused:
-        load_lm(str(copy))
+def test_weights_that_cannot_be_used_are_refused(damage: Callable[[Path], None], message: str, gpt2_copy: Path) -> None:
+    damage(gpt2_copy)
+    with pytest.raises(InputError, match=f"^{gpt2_copy}: {message}") as refused:
+        load_lm(str(gpt2_copy))
     assert "\n" not in str(refused.value)
 
 
-def test_a_model_that_overflows_the_asked_for_dtype_is_refused(copy: Path) -> None:
-    unknown_to_float16(copy)
-    assert load_lm(str(copy)).dtype == torch.float32
+def test_a_model_that_overflows_the_asked_for_dtype_is_refused(gpt2_copy: Path) -> None:
+    unknown_to_float16(gpt2_copy)
+    assert load_lm(str(gpt2_copy)).dtype == torch.float32
     with pytest.raises(InputError, match="gives NaN in float16; use another --dtype"):
-        load_lm(str(copy), dtype="float16")
+        load_lm(str(gpt2_copy), dtype="float16")
 
 
 @pytest.mark.parametrize(
@@ -196,11 +225,13 @@ def test_a_model_that_overflows_the_asked_for_dtype_is_refused(copy: Path) -> No
         (lambda folder: (shutil.rmtree(folder), folder.write_text(""))[0], "is a file; give the folder of a model"),
     ],
 )
-def test_a_folder_that_is_no_causal_lms_is_refused(damage: Callable[[Path], None], message: str, copy: Path) -> None:
-    damage(copy)
+def test_a_folder_that_is_no_causal_lms_is_refused(
+    damage: Callable[[Path], None], message: str, gpt2_copy: Path
+) -> None:
+    damage(gpt2_copy)
     for load in (load_config, load_lm):
-        with pytest.raises(InputError, match=f"^{copy}: {message}") as refused:
-            load(str(copy))
+        with pytest.raises(InputError, match=f"^{gpt2_copy}: {message}") as refused:
+            load(str(gpt2_copy))
         assert "\n" not in str(refused.value)
 
 
@@ -243,98 +274,41 @@ def test_windows_and_ids_beyond_the_model_are_refused(gpt2_folder: Path) -> None
         require_known_ids(config, "m", 320)
 
 
-# ---- Fingerprints
+def test_a_text_ends_where_the_config_or_else_the_tokenizer_says(gpt2_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(gpt2_folder))
+    assert eos_token_ids(GenerationConfig(eos_token_id=7), tokenizer) == {7}
+    assert eos_token_ids(GenerationConfig(eos_token_id=[7, 8]), tokenizer) == {7, 8}
+    assert eos_token_ids(GenerationConfig(), tokenizer) == eos_token_ids(None, tokenizer) == {tokenizer.eos_token_id}
+    tokenizer.eos_token = None
+    assert eos_token_ids(GenerationConfig(), tokenizer) == eos_token_ids(None) == frozenset()
 
 
-def test_a_copy_has_the_same_fingerprints_under_another_name(gpt2_folder: Path, copy: Path) -> None:
-    assert model_fingerprint(str(copy)) == model_fingerprint(str(gpt2_folder))
-    assert tokenizer_fingerprint(load_tokenizer(str(copy))) == tokenizer_fingerprint(load_tokenizer(str(gpt2_folder)))
+# ---- Copies between host and device
 
 
-def test_other_models_have_other_fingerprints(gpt2_folder: Path, llama_folder: Path, copy: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(copy)
-    model.transformer.h[1].mlp.c_fc.weight.data[3, 4] += 1e-3
-    model.save_pretrained(copy)
-    found = {model_fingerprint(str(path)) for path in (gpt2_folder, llama_folder, copy)}
-    assert len(found) == 3
+TENSORS = [
+    torch.arange(3, dtype=torch.int32),
+    torch.tensor([[1.5, -2.0], [3.0, 4.0]], dtype=torch.bfloat16).T,
+    torch.tensor([True]),
+    torch.tensor([0.1], dtype=torch.float64),
+    torch.empty(0, 4),
+    torch.tensor([[2**53 + 1]]),
+]
 
 
-def test_a_single_weight_anywhere_makes_another_fingerprint(copy: Path) -> None:
-    path = copy / WEIGHTS
-    content = bytearray(path.read_bytes())
-    found = {model_fingerprint(str(copy))}
-    for at in np.random.default_rng(0).integers(1000, len(content), 20).tolist():
-        content[at] ^= 1
-        path.write_bytes(content)
-        found.add(model_fingerprint(str(copy)))
-        content[at] ^= 1
-    assert len(found) == 21
+def test_tensors_of_any_dtype_and_shape_come_back_from_their_bytes() -> None:
+    for got, wanted in zip(unpack_tensors(pack_tensors(*TENSORS), *TENSORS), TENSORS, strict=True):
+        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+        assert torch.equal(got, wanted)
 
 
-def test_of_the_config_counts_what_the_forward_pass_is_made_of(copy: Path) -> None:
-    before, config = model_fingerprint(str(copy)), json.loads((copy / "config.json").read_text())
-    for name, value in (("eos_token_id", 7), ("transformers_version", "4.0"), ("_name_or_path", "there")):
-        (copy / "config.json").write_text(json.dumps(config | {name: value}))
-        assert model_fingerprint(str(copy)) == before
-    for name, value in (("n_head", 4), ("activation_function", "relu"), ("layer_norm_epsilon", 1e-6)):
-        (copy / "config.json").write_text(json.dumps(config | {name: value}))
-        assert model_fingerprint(str(copy)) != before
+def test_what_is_on_the_host_stays_as_it_is() -> None:
+    assert [got is wanted for got, wanted in zip(to_host(*TENSORS), TENSORS, strict=True)] == [True] * len(TENSORS)
+    assert torch.equal(upload([1, 2], torch.device("cpu")), torch.tensor([1, 2]))
 
 
-def test_an_adapter_beside_the_weights_makes_another_fingerprint(copy: Path) -> None:
-    before = model_fingerprint(str(copy))
-    (copy / "adapter_model.safetensors").write_bytes(b"low ranks")
-    assert model_fingerprint(str(copy)) != before
-
-
-def test_a_copy_in_the_hubs_cache_has_the_same_fingerprint_and_is_not_read(copy: Path, tmp_path: Path) -> None:
-    content = (copy / WEIGHTS).read_bytes()
-    blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
-    blob.parent.mkdir()
-    before = model_fingerprint(str(copy))
-    (copy / WEIGHTS).rename(blob)
-    (copy / WEIGHTS).symlink_to(blob)
-    assert model_fingerprint(str(copy)) == before
-    blob.write_bytes(b"nobody looks")
-    assert model_fingerprint(str(copy)) == before
-
-
-def test_weights_in_parts_have_a_fingerprint_of_every_part(copy: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(copy)
-    (copy / WEIGHTS).unlink()
-    model.save_pretrained(copy, max_shard_size="50KB")
-    parts = sorted(copy.glob("model-*.safetensors"))
-    assert len(parts) > 1
-    before = model_fingerprint(str(copy))
-    content = bytearray(parts[-1].read_bytes())
-    content[-1] ^= 1
-    parts[-1].write_bytes(content)
-    assert model_fingerprint(str(copy)) != before
-    parts[-1].unlink()
-    with pytest.raises(InputError, match=f"{parts[-1].name} is missing, a part of its weights"):
-        model_fingerprint(str(copy))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (remove(WEIGHTS), "no weights found"),
-        (replace("model.safetensors.index.json", "{}", removed=WEIGHTS), "lists no weight files"),
-    ],
-)
-def test_a_model_without_weights_has_no_fingerprint(damage: Callable[[Path], None], message: str, copy: Path) -> None:
-    damage(copy)
-    with pytest.raises(InputError, match=message):
-        model_fingerprint(str(copy))
-
-
-def test_other_tokenizers_have_other_fingerprints(gpt2_folder: Path, llama_folder: Path, copy: Path) -> None:
-    fields = json.loads((copy / "tokenizer.json").read_text())
-    merges = fields["model"]["merges"]
-    merges[0], merges[1] = merges[1], merges[0]
-    vocabulary = fields["model"]["vocab"]
-    names = sorted(vocabulary, key=vocabulary.get)[-2:]
-    vocabulary[names[0]], vocabulary[names[1]] = vocabulary[names[1]], vocabulary[names[0]]
-    (copy / "tokenizer.json").write_text(json.dumps(fields))
-    found = {tokenizer_fingerprint(load_tokenizer(str(path))) for path in (gpt2_folder, llama_folder, copy)}
-    assert len(found) == 3
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_goes_up_and_comes_down_is_the_same() -> None:
+    device = torch.device("cuda")
+    for got, wanted in zip(to_host(*(upload(tensor, device) for tensor in TENSORS)), TENSORS, strict=True):
+        assert torch.equal(got, wanted)

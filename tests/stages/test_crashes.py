@@ -1,10 +1,12 @@
 """Whatever ends a stage, started again it leaves the bytes of an undisturbed run. benchmarks/kills.py does it at length."""
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from crashes import Crash, Stage, build_stages, count_operations, difference
+
+from benchmarks.faults.crashes import Crash, Ended, Stage, build_stages, count_operations, difference
 
 NAMES = (
     "1 preprocess",
@@ -20,6 +22,7 @@ NAMES = (
     "5 generate, verify",
     "5 fit, perplexity",
 )
+WITH_WORKERS = [name for name in NAMES if name.endswith("workers")]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def stages(gpt2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_killed_at_changes_of_files_within_a_write_and_at_a_moment_it_goes_on_to_the_same_bytes(
+def test_killed_between_and_within_writes_it_goes_on_to_the_same_bytes(
     stages: dict[str, Stage], tmp_path: Path, name: str
 ) -> None:
     stage = stages[name]
@@ -42,42 +45,64 @@ def test_killed_at_changes_of_files_within_a_write_and_at_a_moment_it_goes_on_to
         Crash(at_operation=n // 2),
         Crash(at_operation=n // 4),
         Crash(within_bytes=700),
-        Crash(after_seconds=0.1),
+        Crash(at_operation=3),
     ]
     found, ends = stage.crashed_and_run_again(tmp_path, crashes)
     assert [end.status for end in ends[:2]] == [-signal.SIGKILL, -signal.SIGKILL], [end.stderr for end in ends]
     # Worker processes meet the bound as a full disk does.
     assert ends[2].status in (0, -signal.SIGXFSZ, 2 if stage.n_workers > 1 else 0), ends[2].stderr
+    assert ends[3].status in (0, -signal.SIGKILL), ends[3].stderr
     assert not difference(found, wanted)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("workers")])
-def test_a_killed_worker_ends_the_stage_in_one_line_and_costs_no_more_than_its_work(
+@pytest.mark.parametrize("name", WITH_WORKERS)
+def test_a_killed_worker_ends_the_stage_in_one_line_and_costs_little(
     stages: dict[str, Stage], tmp_path: Path, name: str
 ) -> None:
     stage = stages[name]
     found, (end,) = stage.crashed_and_run_again(tmp_path, [Crash(at_operation=0, of_workers=True)])
     assert end.status == 2
-    assert "dies before" in end.stderr
+    assert "struck before" in end.stderr
     assert "a worker process was ended from outside" in end.last_line
     assert not difference(found, stage.undisturbed(tmp_path))
 
 
-@pytest.mark.parametrize(
+SIGNALS = pytest.mark.parametrize(
     ("by", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
-@pytest.mark.parametrize("name", ["2 extract", "4 vectors, 2 workers"])
+
+
+def require_one_line(end: Ended, status: int, word: str) -> None:
+    assert end.status == status, end.stderr
+    assert end.last_line.endswith(f": {word}; run the same command again and it goes on from here"), end.stderr
+    assert "Traceback" not in end.stderr
+
+
+@SIGNALS
+@pytest.mark.parametrize("name", ["1 preprocess", "2 extract", "3 tries", "5 generate, verify"])
 def test_ctrl_c_and_sigterm_end_in_one_line_and_the_next_run_goes_on(
     stages: dict[str, Stage], tmp_path: Path, name: str, by: int, status: int, word: str
 ) -> None:
     stage = stages[name]
-    for after_seconds in (0.12, 0.06, 0.03, 0.015):  # a fast machine may be done before
-        found, (end,) = stage.crashed_and_run_again(tmp_path, [Crash(after_seconds=after_seconds, by=by)])
-        if end.status:
-            break
-    assert end.status == status, end.stderr
-    assert end.last_line.endswith(f": {word}; run the same command again and it goes on from here")
-    assert "Traceback" not in end.stderr
+    with stage.copy(tmp_path) as folder:
+        n = count_operations(lambda: stage.run(folder), folder)
+    found, (end,) = stage.crashed_and_run_again(tmp_path, [Crash(at_operation=n // 2, by=by)])
+    require_one_line(end, status, word)
+    assert not difference(found, stage.undisturbed(tmp_path))
+
+
+@SIGNALS
+@pytest.mark.parametrize("name", WITH_WORKERS)
+@pytest.mark.parametrize(
+    "crash", [Crash(at_event="socket.connect"), Crash(at_operation=1, of_workers=True)], ids=["starting", "at work"]
+)
+def test_signals_end_a_run_in_one_line_while_its_workers_start_and_work(
+    stages: dict[str, Stage], tmp_path: Path, crash: Crash, name: str, by: int, status: int, word: str
+) -> None:
+    # A process is started through the socket of the server that forks it.
+    stage = stages[name]
+    found, (end,) = stage.crashed_and_run_again(tmp_path, [replace(crash, by=by)])
+    require_one_line(end, status, word)
     assert not difference(found, stage.undisturbed(tmp_path))
 
 

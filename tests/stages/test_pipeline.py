@@ -3,72 +3,24 @@
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEXTS
+from pipelines import GAMMA, MAX_CHUNK, SKIP, Pipeline, build
 
 from utils.datastore.store import read_flattened
 from utils.extraction.hidden_states import read_hidden_states
 from utils.lm.model import load_lm, load_tokenizer
 
-GAMMA, SKIP, MAX_CHUNK = 0.004, 8, 5
-LABELS = ("--model_ds", "ds", "--model_gen", "gen", "--partition", "train", "--tok_prob_threshold", GAMMA)
-
-
-@dataclass
-class Pipeline:
-    """Folders of one model's pipeline up to stage 4."""
-
-    model: Path
-    root: Path
-
-    @property
-    def windows(self) -> Path:
-        return self.root / "extracted" / "train"
-
-    @property
-    def tries(self) -> Path:
-        return self.root / "tries" / "token_trie_texts_DSds_Hgen" / f"train_{GAMMA}"
-
-    def eval_flags(self, save_dir: Path, *flags: object) -> list[object]:
-        datastore = ("--token_trie_dir", self.root / "tries", "--dataset", "texts", *LABELS)
-        prompts = ("--prompt_file", self.root / "prompts.json", "--save_dir", save_dir)
-        return ["--model_path", self.model, *datastore, *prompts, "--device", "cpu", *flags]
-
-
-def build(model: Path, root: Path, run_stage: Callable[..., None], texts: list[str], chunk_size: int = 64) -> Pipeline:
-    pipeline = Pipeline(model, root)
-    data = root / "data"
-    data.mkdir(parents=True)
-    (data / "train.json").write_text(json.dumps([{"text": text} for text in texts]), encoding="utf-8")
-    prompts = ["The quick brown fox", "東京は", "def add(a, b):\n", "the cat sat on"]
-    (root / "prompts.json").write_text(json.dumps(prompts, ensure_ascii=False), encoding="utf-8")
-    extract = ("--model_path", model, "--data_dir", data, "--output_dir", root / "extracted", "--partition", "train")
-    sizes = ("--chunk_size", chunk_size, "--stride", chunk_size - 16, "--min_length", 20, "--device", "cpu")
-    run_stage("extract_token_probs_and_memmap.py", *extract, *sizes, "--save_hidden_states", "--construct_memmap")
-    chunks = ("--token_prob_dir", root / "extracted" / "train", "--output_dir", root / "tries", "--model_name", model)
-    bounds = ("--skip_first_tokens", SKIP, "--max_chunk_length", MAX_CHUNK)
-    run_stage("save_token_trie_info.py", *chunks, "--dataset_name", "texts", *LABELS, *bounds)
-    maps = ("--idx_to_seqlen_path", root / "extracted" / "train_index_to_seqlen.json")
-    maps += ("--index_to_acc_index_path", root / "extracted" / "train_index_to_acc_index.json")
-    maps += ("--all_hidden_states_path", root / "extracted" / "train.h5")
-    run_stage("make_token_trie.py", "--save_dir", root / "tries", "--dataset_name", "texts", *LABELS, *maps)
-    return pipeline
-
 
 @pytest.fixture(scope="module", params=["gpt2_folder", "llama_folder", "example"])
-def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+def pipeline(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, run_stage: Callable[..., None]
+) -> Pipeline:
     """Of random models on emoji, CJK, control characters; of the example model on a document it has not seen."""
-    import importlib
-
-    def run_stage(script: str, *flags: object) -> None:
-        importlib.import_module(script.removesuffix(".py")).main([str(flag) for flag in flags])
-
     root = tmp_path_factory.mktemp("pipeline")
     if request.param == "example":
         return build(ROOT / "examples" / "models" / "large", root, run_stage, [TEXTS[1], TEXTS[2]])
@@ -83,7 +35,7 @@ def rows_by_loops(pipeline: Pipeline) -> Counter[tuple[int, tuple[int, ...], int
         window = int(path.stem.split("_")[-1])
         vectors = np.load(pipeline.windows / f"hidden_states_{window}.npy").astype(np.float64)
         for position in range(SKIP, len(tokens) - 1):
-            chunk = []
+            chunk: list[int] = []
             for token in tokens[position + 1 :]:
                 if not token[1] > GAMMA or len(chunk) == MAX_CHUNK:
                     break
@@ -157,7 +109,7 @@ def test_eval_generates_what_a_naive_decoder_does(pipeline, run_stage, tmp_path,
         n_prompt = len(text)
         while len(text) < n_prompt + n_new and text[-1] != eos:
             with torch.inference_mode():
-                hidden, logits = lm.forward(torch.tensor([text]), use_cache=False)
+                hidden, logits = lm.forward(torch.tensor([text]))
             query = hidden[0, -1].double().numpy()
             best, chunk = -2.0, [int(logits[0, -1].argmax())]
             for entry, tokens, window, position, _ in rows:

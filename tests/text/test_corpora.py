@@ -19,10 +19,19 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from utils.text import python_docs as docs
-from utils.text.corpora import CORPORA, Passage, Source, SplitRule, WithoutSplits, find_input_files, local_files, read_passages, write_splits
 from utils.files import InputError
 from utils.json_io import write_json_list
+from utils.text.corpora import (
+    CORPORA,
+    Passage,
+    Source,
+    SplitRule,
+    WithoutSplits,
+    find_input_files,
+    local_files,
+    read_passages,
+    write_splits,
+)
 
 STAGE = "preprocess_dataset.py"
 RunStage = Callable[..., None]
@@ -198,43 +207,6 @@ def test_a_damaged_or_partial_mirror_is_an_input_error(tmp_path: Path, refusal: 
     assert "code" in refusal(STAGE, "--dataset", "Dockerfile", *flags)
 
 
-# ---- python-docs
-
-
-def test_python_docs_need_no_network_and_are_the_same_in_every_process(tmp_path: Path) -> None:
-    script = "import hashlib; from utils.python_docs import python_docs\n"
-    script += (
-        "print([hashlib.sha256(chr(0).join(python_docs(s)).encode()).hexdigest() for s in ('validation', 'test')])"
-    )
-    outputs = set()
-    for hash_seed, locale in (("1", "C"), ("2", "C.UTF-8")):
-        env = {**os.environ, "PYTHONHASHSEED": hash_seed, "LC_ALL": locale, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
-        outputs.add(done.stdout)
-    assert len(outputs) == 1
-    here = [hashlib.sha256("\0".join(docs.python_docs(split)).encode()).hexdigest() for split in SPLITS[1:]]
-    assert outputs == {f"{here}\n"}
-
-
-def test_a_document_is_in_the_split_that_the_hash_of_its_name_says() -> None:
-    # The first 8 bytes of SHA-256, big-endian, modulo 100: below 90 train, below 95 validation.
-    def by_hand(name: str) -> str:
-        value = int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) % 100
-        return "train" if value < 90 else "validation" if value < 95 else "test"
-
-    names = [f"module{i}" for i in range(300)]
-    assert [docs.split_of(name) for name in names] == [by_hand(name) for name in names]
-    assert {docs.split_of(name) for name in names} == set(SPLITS)
-
-
-def test_python_docs_hold_the_reference_and_docstrings_and_no_tests() -> None:
-    found = [text for split in SPLITS for text in docs.python_docs(split)]
-    assert len(found) > 400
-    assert any(text.startswith("Module json\n") and "dump(obj, fp, *," in text for text in found)
-    assert any(text.startswith('The "if" statement\n') for text in found)
-    assert not any(text.startswith(("Module test.", "Module idlelib", "Module lib2to3")) for text in found)
-
-
 # ---- Local files
 
 
@@ -362,7 +334,7 @@ def test_memory_does_not_grow_with_a_parquet_file(tmp_path: Path) -> None:
     script = f"""
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
-from utils.corpora import Source, local_files
+from utils.text.corpora import Source, local_files
 for name in ("small", "large"):
     n_passages = sum(1 for _ in local_files(Source("local", (Path({str(tmp_path)!r}) / (name + ".parquet"),))))
     print(n_passages, getrusage(RUSAGE_SELF).ru_maxrss)

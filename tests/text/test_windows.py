@@ -1,5 +1,8 @@
 """Windows cover each token once with context before it, and batches depend on nothing but their arguments."""
 
+import gc
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-import utils.text.windows
-from utils.text.corpora import Passage
 from utils.files import InputError
-from utils.text.windows import WindowShape, place_batches, plan_batches, plan_windows, share_of
+from utils.text import windows
+from utils.text.corpora import Passage
+from utils.text.windows import WindowPlan, WindowShape, load_plan, plan_batches, plan_windows, save_plan
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,7 @@ def test_a_stride_of_the_chunk_size_leaves_no_overlap(n_tokens: int, bounds: lis
     assert WindowShape(chunk_size=4, stride=4, min_length=1).bounds(n_tokens) == bounds
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 200), st.integers(1, 40), st.data())
 def test_every_window_brings_new_tokens_and_all_tokens_come(
     n_tokens: int, chunk_size: int, data: st.DataObject
@@ -69,7 +72,7 @@ def test_a_plan_holds_the_passages_tokens_without_special_ones(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(utils.windows, "TOKENIZED_CHARACTERS", characters_at_once)
+    monkeypatch.setattr(windows, "TOKENIZED_CHARACTERS", characters_at_once)
     tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(folder))
     texts = [*TEXTS, "", "too short", TEXTS[0][:40]]
     shape = WindowShape(20, 15, 12)
@@ -115,7 +118,7 @@ def test_a_text_without_a_long_enough_passage_is_refused(
 
 
 def test_the_text_is_streamed(gpt2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utils.windows, "TOKENIZED_CHARACTERS", 2000)
+    monkeypatch.setattr(windows, "TOKENIZED_CHARACTERS", 2000)
     tokenizer = AutoTokenizer.from_pretrained(gpt2_folder)
     alive = most = 0
 
@@ -142,7 +145,7 @@ def test_batches_hold_equally_long_windows_in_the_order_of_the_text() -> None:
     assert found == [[0, 1], [2, 6], [3, 5], [4], [7]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=60), st.integers(1, 9))
 def test_every_window_is_in_one_batch(lengths: list[int], batch_size: int) -> None:
     batches = plan_batches(np.array(lengths), batch_size)
@@ -154,21 +157,125 @@ def test_every_window_is_in_one_batch(lengths: list[int], batch_size: int) -> No
     assert len(batches) == n_needed
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 600), min_size=1, max_size=60), st.integers(1, 5), st.integers(1, 9))
-def test_shares_have_every_batch_once_and_as_many_tokens_but_for_a_batch(
-    lengths: list[int], batch_size: int, n_shares: int
+# ---- A plan that processes share
+
+MADE_FROM = {"text": "a", "chunk_size": 20}
+
+
+@pytest.fixture
+def plan(gpt2_folder: Path, tmp_path: Path) -> WindowPlan:
+    """Of texts with marked spans, one of them in a passage that is left out."""
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_folder)
+    passages = [*map(Passage, TEXTS), Passage("the cat", [(0, 3)]), Passage(TEXTS[0], [(0, 9), (10, 40), (60, 62)])]
+    return plan_windows(passages, tokenizer, WindowShape(20, 15, 12), tmp_path)
+
+
+def n_open(path: Path) -> int:
+    """How many times this process has a file open."""
+    return sum(os.path.realpath(entry) == str(path) for entry in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.parametrize("copied_tokens", [1, 7, 1 << 20])
+def test_a_plan_is_loaded_as_it_was_saved(
+    copied_tokens: int, plan: WindowPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = plan_batches(np.array(lengths), batch_size)
-    places = place_batches(np.array(lengths), found, 1 << 40).tolist()
-    shares = [[i for i, place in enumerate(places) if place in share_of(k, n_shares, 1 << 40)] for k in range(n_shares)]
-    assert [i for share in shares for i in share] == list(range(len(found)))  # each once, and neighbours together
-    sizes = [sum(lengths[window] for window in batch) for batch in found]
-    for share in shares:
-        assert abs(sum(sizes[i] for i in share) - sum(lengths) / n_shares) <= max(sizes)
+    monkeypatch.setattr(windows, "COPIED_TOKENS", copied_tokens)
+    path = tmp_path / "train_plan.npy"
+    save_plan(path, plan, MADE_FROM)
+    loaded = load_plan(path, MADE_FROM)
+    assert loaded is not None
+    assert len(plan.expert_spans.rows) == 3
+    for name in (
+        "n_windows",
+        "n_tokens",
+        "n_passages",
+        "n_short_passages",
+        "n_short_spans",
+        "largest_id",
+        "fingerprint",
+    ):
+        assert getattr(loaded, name) == getattr(plan, name), name
+    for found, wanted in (
+        (loaded.starts, plan.starts),
+        (loaded.lengths, plan.lengths),
+        (loaded.expert_spans.rows, plan.expert_spans.rows),
+        *((loaded.token_ids(window), plan.token_ids(window)) for window in range(plan.n_windows)),
+    ):
+        assert found.dtype == wanted.dtype
+        np.testing.assert_array_equal(found, wanted)
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_shares_of_another_number_overlap_only_where_they_have_batches_in_common() -> None:
-    assert share_of(0, 3, 10) == range(0, 3)
-    assert share_of(2, 3, 10) == range(6, 10)
-    assert [share_of(k, 4, 10) for k in range(4)] == [range(0, 2), range(2, 5), range(5, 7), range(7, 10)]
+def test_a_plan_that_is_saved_again_has_the_same_bytes(plan: WindowPlan, tmp_path: Path) -> None:
+    save_plan(tmp_path / "a.npy", plan, MADE_FROM)
+    loaded = load_plan(tmp_path / "a.npy", MADE_FROM)
+    assert loaded is not None
+    save_plan(tmp_path / "b.npy", loaded, MADE_FROM)
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+
+
+def test_numpy_reads_the_four_arrays_of_a_plans_file(plan: WindowPlan, tmp_path: Path) -> None:
+    save_plan(tmp_path / "a.npy", plan, MADE_FROM)
+    with open(tmp_path / "a.npy", "rb") as file:
+        about, bounds, spans, token_ids = (np.load(file) for _ in range(4))
+        assert not file.read()
+    assert json.loads(about.tobytes())["made_from"] == MADE_FROM
+    assert (bounds == np.column_stack([plan.starts, plan.lengths])).all()
+    assert (spans == plan.expert_spans.rows).all()
+    assert (token_ids == plan.passage_tokens.read(0, len(token_ids) + 1)).all()
+
+
+@pytest.mark.parametrize("made_from", [{}, {"text": "b", "chunk_size": 20}, {**MADE_FROM, "stride": 1}])
+def test_a_plan_of_something_else_is_not_loaded(made_from: dict[str, object], plan: WindowPlan, tmp_path: Path) -> None:
+    path = tmp_path / "train_plan.npy"
+    save_plan(path, plan, MADE_FROM)
+    assert load_plan(path, made_from) is None
+    assert n_open(path) == 0
+
+
+def test_a_plan_that_is_missing_cut_off_or_too_long_is_not_loaded(plan: WindowPlan, tmp_path: Path) -> None:
+    path = tmp_path / "train_plan.npy"
+    assert load_plan(path, MADE_FROM) is None
+    assert load_plan(tmp_path, MADE_FROM) is None
+    save_plan(path, plan, MADE_FROM)
+    content = path.read_bytes()
+    for length in [*range(0, len(content), 97), len(content) - 1]:
+        path.write_bytes(content[:length])
+        assert load_plan(path, MADE_FROM) is None, length
+    path.write_bytes(content + b"\0")
+    assert load_plan(path, MADE_FROM) is None
+    assert n_open(path) == 0
+    path.write_bytes(content)
+    assert load_plan(path, MADE_FROM) is not None
+
+
+@pytest.mark.parametrize("byte", [b"\0", b"9", b"}", b"\xff"])
+def test_no_damage_to_a_plans_file_is_an_error(byte: bytes, plan: WindowPlan, tmp_path: Path) -> None:
+    """A changed token id is not noticed; who changes the file of a run that goes on may do so."""
+    path = tmp_path / "train_plan.npy"
+    save_plan(path, plan, MADE_FROM)
+    content = path.read_bytes()
+    for at in [*range(0, 1200, 3), *range(1200, len(content), 97)]:
+        path.write_bytes(content[:at] + byte + content[at + 1 :])
+        load_plan(path, MADE_FROM)
+    assert n_open(path) == 0
+
+
+def test_a_loaded_plans_file_is_closed_with_it(plan: WindowPlan, tmp_path: Path) -> None:
+    path = tmp_path / "train_plan.npy"
+    save_plan(path, plan, MADE_FROM)
+    assert n_open(path) == 0
+    loaded = load_plan(path, MADE_FROM)
+    assert n_open(path) == 1
+    path.unlink()  # as the run that ends first does
+    assert loaded is not None
+    assert loaded.token_ids(3).tolist() == plan.token_ids(3).tolist()
+    del loaded
+    gc.collect()
+    assert n_open(path) == n_open(Path(f"{path} (deleted)")) == 0
+
+
+def test_a_plan_on_a_full_disk_is_refused_with_its_file(plan: WindowPlan, tmp_path: Path) -> None:
+    (tmp_path / ".train_plan.npy.tmp").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"train_plan\.npy: cannot be written \(No space left on device\)"):
+        save_plan(tmp_path / "train_plan.npy", plan, MADE_FROM)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic_corpus import all_bytes
-from test_chunks import Row, as_tuples
+from synthetic_corpus import Row, all_bytes, as_tuples
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoTokenizer,
@@ -24,9 +23,9 @@ from transformers import (
 )
 
 from utils.datastore.chunks import find_chunks
+from utils.files import InputError
 from utils.text.corpora import Passage
 from utils.text.expert_spans import ExpertSpans, cuts_character, token_bounds
-from utils.files import InputError
 from utils.text.windows import WindowShape, plan_windows
 
 RunStage = Callable[..., None]
