@@ -105,7 +105,8 @@ def readers(folder: Path) -> list[Reader]:
         return read_manifest(path, "save_token_trie_info.py")
 
     def read_results(at: Path) -> Any:
-        pending_runs(at / "results", [("The quick brown fox", [1, 2])], {"verify_generation_t0.9": {}})
+        name = "verify_generation_t0.9"
+        pending_runs(at / "results", ["The quick brown fox"], {name: {0: [1, 2]}}, {name: {}})
         write_summary(at / "results")
         typical_prompt(at / "results", "generation_t0.5")
         return read_run(at / "results", 0, "generation_t0.5")

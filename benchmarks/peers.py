@@ -160,10 +160,11 @@ class Generate:
         rows = [[0] * n + request.prompt_ids for n, request in zip(padding, requests, strict=True)]
         mask = [[0] * n + [1] * (longest - n) for n in padding]
         torch.manual_seed(requests[0].seed + requests[0].index)
-        clock = _ForwardClock(self._lm.model)
+        model: Any = self._lm.model  # `generate` is not part of its type
+        clock = _ForwardClock(model)
         started = time.perf_counter()
         with torch.inference_mode(), clock:
-            generated: Any = self._lm.model.generate(
+            generated = model.generate(
                 torch.tensor(rows, device=self._lm.device),
                 attention_mask=torch.tensor(mask, device=self._lm.device),
                 max_new_tokens=requests[0].max_new_tokens,

@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def random_model(n_layers: int, device: torch.device) -> CausalLM:
     torch.manual_seed(0)
-    return CausalLM(GPT2LMHeadModel(GPT2Config(n_layer=n_layers)).to(device), "gpt2-small")  # type: ignore[arg-type]
+    return CausalLM(GPT2LMHeadModel(GPT2Config(n_layer=n_layers)).to(device).eval(), "gpt2-small")  # type: ignore[arg-type]
 
 
 def zipf(n_ids: int) -> np.ndarray:

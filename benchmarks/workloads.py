@@ -69,7 +69,7 @@ def load_workload(
     rows = rows or (LARGE_ROWS if name == "llama-7b" else ROWS)
     if name == "llama-7b":
         _require_room_for_7b(device, rows)
-    lm = CausalLM(_random_model(name, device, dtype), name)
+    lm = CausalLM(_random_model(name, device, dtype).eval(), name)
     n_ids = lm.model.config.vocab_size
     prompts = np.random.default_rng(0).integers(0, n_ids, (n_prompts, PROMPT_TOKENS)).tolist()
     written = _greedy_token_ids(lm, prompts)

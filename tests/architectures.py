@@ -27,6 +27,7 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "five tokens": (hf.LlamaConfig, {**GROUPED, "vocab_size": 5, "initializer_range": 0.5}),
     "llama": (hf.LlamaConfig, GROUPED),
     "llama of another size": (hf.LlamaConfig, {**GROUPED, "hidden_size": 48}),
+    "long llama": (hf.LlamaConfig, {**GROUPED, "max_position_embeddings": 1024}),
     "mistral": (hf.MistralConfig, WINDOWED),
     "qwen2": (hf.Qwen2Config, {**WINDOWED, "use_sliding_window": True, "max_window_layers": 1}),
     "gemma2": (hf.Gemma2Config, {**WINDOWED, "head_dim": 8, "final_logit_softcapping": 2.0}),
@@ -65,7 +66,7 @@ def tiny_lm(name: str) -> CausalLM:
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(config)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-    return CausalLM(model, name)
+    return CausalLM(model.eval(), name)
 
 
 class Scripted(CausalLM):

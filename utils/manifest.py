@@ -60,8 +60,8 @@ def begin_stage(path: Path, stage: str, arguments: dict[str, Any], inputs: dict[
     wanted = Manifest(stage, json.loads(json.dumps(arguments)), json.loads(json.dumps(inputs)))
     if path.exists():
         found = read_manifest(path, stage)
-        _require_same(path, "--{}", found.arguments, wanted.arguments)
         _require_same(path, "the {}", found.inputs, wanted.inputs)
+        _require_same(path, "--{}", found.arguments, wanted.arguments)
         return found
     save_manifest(path, wanted)
     return wanted
@@ -72,9 +72,7 @@ def _require_same(path: Path, wording: str, found: dict[str, Any], wanted: dict[
         if found.get(name) != wanted.get(name):
             what = wording.format(name.replace("_", " ") if wording.startswith("the") else name)
             difference = f"was made with {what} {found.get(name)!r}, this run has {wanted.get(name)!r}"
-            raise InputError(
-                f"{path.parent}: what lies there {difference}; use another folder or delete {path}'s output"
-            )
+            raise InputError(f"{path.parent}: its output {difference}; use another folder or delete what {path} lists")
 
 
 def finish_stage(path: Path, manifest: Manifest, results: dict[str, Any], files: dict[str, Any] | None = None) -> None:

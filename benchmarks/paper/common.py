@@ -36,6 +36,7 @@ from utils.lm.model import (
     require_windows_fit,
 )
 from utils.text.corpora import read_passages, split_path
+from utils.text.prompts import added_tokens
 from utils.text.windows import WindowPlan, WindowShape
 
 SPLITS = ("train", "validation", "test")
@@ -151,9 +152,11 @@ class Reader:
     @classmethod
     def of(cls, work: Work, args: argparse.Namespace) -> "Reader":
         """Raises InputError where a model cannot read the windows or a split has none."""
-        for model in (work.model_ds, work.model_gen):
-            require_windows_fit(load_config(model, args.cache_dir), model, args.perplexity_window)
         tokenizer = load_tokenizer(work.model_gen, args.cache_dir)
+        n_prefix = len(added_tokens(tokenizer)[0])
+        for model in (work.model_ds, work.model_gen):
+            config = load_config(model, args.cache_dir)
+            require_windows_fit(config, model, args.perplexity_window, n_prefix, ("--perplexity_window",))
         folder = make_folder(work.folder)
         splits = [Split.of(work.split(name), tokenizer, args, folder) for name in SPLITS[1:]]
         return cls(work, args, tokenizer, *splits)

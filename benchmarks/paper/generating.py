@@ -19,7 +19,7 @@ from utils.decoding.loop import Decoding, Request, decode
 from utils.decoding.retriever import Retriever
 from utils.decoding.types import Generation
 from utils.files import InputError
-from utils.lm.model import CausalLM, eos_token_ids, load_config, load_lm, load_tokenizer
+from utils.lm.model import CausalLM, eos_token_ids, load_config, load_lm, load_tokenizer, max_positions
 from utils.lm.sampling import Sampler
 from utils.lm.scoring import negative_log_likelihood
 from utils.progress import ProgressBar
@@ -112,9 +112,8 @@ class Asking:
         prompts = read_prompts(prompt_file_of(args, work))[: args.n_prompts]
         tokenizer = load_tokenizer(work.model_gen, args.cache_dir)
         encoded = encode_prompts(prompts, tokenizer)
-        config = load_config(work.model_gen, args.cache_dir)
-        n_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        require_room(prompts, encoded, n_positions, args.max_new_tokens)
+        n_positions = max_positions(load_config(work.model_gen, args.cache_dir))
+        require_room(prompts, encoded, tokenizer, n_positions, args.max_new_tokens)
         return cls(load_lm(work.model_gen, args.device, args.dtype, args.cache_dir), tokenizer, encoded, args)
 
     def decoding(self) -> Decoding:

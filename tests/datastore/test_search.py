@@ -12,6 +12,7 @@ from torch import Tensor
 
 import utils.datastore.search
 from utils.datastore.search import VectorIndex, Way
+from utils.files import InputError
 
 WAYS: list[Way] = ["product", "half", "bounded"]
 # Without these instructions a float16 copy is slower than the rows, and none is made.
@@ -210,7 +211,7 @@ def test_nan_and_infinity_are_errors_and_never_a_row(way: Way, bad: float) -> No
         lambda q: nearest_on_device(index, q),
         lambda q: index.nearest_batch(torch.stack([rows[0], q])),
     ):
-        with pytest.raises(ValueError, match="NaN or infinity"):
+        with pytest.raises(InputError, match="NaN or infinity"):
             search(query)
     rows = rows.clone()
     rows[99, 39] = bad

@@ -2,24 +2,26 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from architectures import tiny_lm
 from decoding_cases import PROMPTS, datastore_near_text
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from utils.datastore.store import Datastore
-from utils.decoding import hf
 from utils.decoding.draft import DraftSettings
 from utils.decoding.hf import chunk_generate
-from utils.lm.model import CausalLM
 
 LM = tiny_lm("llama")
 PROMPT = torch.tensor([PROMPTS[0]])
@@ -116,11 +118,22 @@ def test_the_torch_seed_decides_samples_and_return_sequences_differ():
     assert len({tuple(row) for row in sample(1).tolist()}) == 3
 
 
-def test_beams_and_scores_are_refused():
-    with pytest.raises(ValueError, match="num_beams is 2"):
-        LM.model.generate(PROMPT, custom_generate=chunk_generate, num_beams=2, max_new_tokens=4)
-    how = {"return_dict_in_generate": True, "output_scores": True}
-    with pytest.raises(ValueError, match="sequences alone"):
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"num_beams": 2}, "num_beams is 2"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores is set, but only the sequences"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions is set"),
+        ({"inputs_embeds": torch.zeros(1, 4, 32)}, "inputs_embeds has no token ids"),
+        ({"decoding": "verfy"}, "decoding is 'verfy'; expected 'chunk' or 'verify'"),
+        ({"acceptance": "always"}, "acceptance is 'always'; expected 'threshold' or 'bernoulli'"),
+        ({"similarity_threshold": 1.5}, "similarity_threshold is 1.5; expected a cosine similarity"),
+        ({"similarity_threshold": float("nan")}, "similarity_threshold is nan"),
+        ({"guidance_scale": 2.0}, "UnbatchedClassifierFreeGuidanceLogitsProcessor keeps a state"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         LM.model.generate(PROMPT, custom_generate=chunk_generate, max_new_tokens=4, **how)
 
 
@@ -136,19 +149,148 @@ def test_a_datastore_of_another_hidden_size_is_refused(store):
         other.model.generate(PROMPT, custom_generate=chunk_generate, datastore=store, max_new_tokens=3)
 
 
-def test_a_model_is_wrapped_once_and_freed_with_its_last_reference(monkeypatch):
-    wrapped: list[str] = []
+# ---- The model that is lent
 
-    def wrap(model: PreTrainedModel, name: str) -> CausalLM:
-        wrapped.append(name)
-        return CausalLM(model, name)
 
-    monkeypatch.setattr(hf, "CausalLM", wrap)
-    model = tiny_lm("llama").model
+def new_model() -> PreTrainedModel:
+    return tiny_lm("llama").model
+
+
+def greedy(model: PreTrainedModel, **how: Any) -> torch.Tensor:
+    return model.generate(PROMPT, do_sample=False, max_new_tokens=12, **how)
+
+
+def test_each_module_stays_in_the_mode_that_it_was_in() -> None:
+    model = new_model()
+    expected = greedy(model)
+    model.config.attention_dropout = 0.5
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert torch.equal(greedy(model, custom_generate=chunk_generate), expected)
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(RuntimeError, match="meta"):
+        model.generate(PROMPT.to("meta"), custom_generate=chunk_generate, max_new_tokens=3)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_model_is_freed_with_its_last_reference() -> None:
+    model = new_model()
     for _ in range(3):
-        model.generate(PROMPT, custom_generate=chunk_generate, do_sample=False, max_new_tokens=2)
-    assert len(wrapped) == 1
+        greedy(model, custom_generate=chunk_generate)
+    assert not [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
     gone = weakref.ref(model)
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_a_head_may_be_replaced_between_two_calls() -> None:
+    model = new_model()
+    before = greedy(model, custom_generate=chunk_generate)
+    torch.manual_seed(3)
+    model.lm_head = torch.nn.Linear(32, 100, bias=False)
+    after = greedy(model, custom_generate=chunk_generate)
+    assert torch.equal(after, greedy(model))
+    assert not torch.equal(after, before)
+
+
+class Int8Head(torch.nn.Module):
+    """A head whose weights are no parameters, as those of dynamically quantised layers."""
+
+    def __init__(self, head: torch.nn.Linear) -> None:
+        super().__init__()
+        self.scale = head.weight.detach().abs().max() / 127
+        self.levels = (head.weight.detach() / self.scale).round().to(torch.int8)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states @ (self.levels.float() * self.scale).T
+
+
+def test_a_quantised_head_decodes(store: Datastore) -> None:
+    model = new_model()
+    model.lm_head = Int8Head(model.lm_head)
+    assert torch.equal(greedy(model, custom_generate=chunk_generate), greedy(model))
+    how = {"datastore": store, "decoding": "verify"}
+    assert torch.equal(greedy(model, custom_generate=chunk_generate, **how), greedy(model))
+
+
+def test_threads_may_share_a_model(store: Datastore) -> None:
+    model, how = new_model(), {"datastore": store, "custom_generate": chunk_generate, "decoding": "verify"}
+    prompts = [torch.tensor([prompt]) for prompt in PROMPTS] * 6
+    expected = [model.generate(prompt, do_sample=False, max_new_tokens=12).tolist() for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda prompt: model.generate(prompt, do_sample=False, max_new_tokens=12, **how), prompts)
+    assert [each.tolist() for each in found] == expected
+
+
+# ---- Batches, padded on the left
+
+
+LONGEST = max(map(len, PROMPTS))
+BATCH = torch.tensor([[0] * (LONGEST - len(prompt)) + prompt for prompt in PROMPTS])
+MASK = torch.tensor([[0] * (LONGEST - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+
+
+class OneBanEachRow(LogitsProcessor):
+    """Bans other tokens in each row, and more of them the longer the text is."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        for row in range(len(input_ids)):
+            scores[row, row :: max(2, 40 - input_ids.shape[1])] = -torch.inf
+        return scores
+
+
+class RowEnds(StoppingCriteria):
+    """Row r ends r tokens after the others could."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor([input_ids.shape[1] >= LONGEST + 4 + row for row in range(len(input_ids))])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"prefix_allowed_tokens_fn": lambda row, ids: list(range(row, 100, 2 + len(ids) % 3))},
+        {"min_new_tokens": 9, "eos_token_id": list(range(0, 100, 3))},
+        {"min_length": LONGEST + 7, "eos_token_id": list(range(0, 100, 3))},
+        {"forced_eos_token_id": 7, "eos_token_id": 7},
+        {"begin_suppress_tokens": list(range(0, 100, 2))},
+        {"exponential_decay_length_penalty": (3, 1.7), "eos_token_id": 11},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+        {"logits_processor": LogitsProcessorList([OneBanEachRow()])},
+        {"stopping_criteria": StoppingCriteriaList([RowEnds()]), "eos_token_id": 99},
+    ],
+    ids=lambda how: next(iter(how)),
+)
+@pytest.mark.parametrize("decoding", ["plain", "verify"])
+def test_processors_and_criteria_see_each_row_as_generate_shows_it(
+    how: dict[str, Any], decoding: str, store: Datastore
+) -> None:
+    shared = {"attention_mask": MASK, "do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+    ours = {"datastore": store, "decoding": "verify"} if decoding == "verify" else {}
+    got = LM.model.generate(BATCH, custom_generate=chunk_generate, **shared, **how, **ours)
+    expected = LM.model.generate(BATCH, **shared, **how)
+    assert not torch.equal(expected, LM.model.generate(BATCH, **shared))  # it does something
+    assert got.tolist() == expected.tolist()
+
+
+def test_a_text_streamer_gets_the_prompt_and_the_text() -> None:
+    class Pieces(BaseStreamer):
+        def __init__(self) -> None:
+            self.token_ids: list[int] = []
+            self.is_ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.token_ids += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.is_ended = True
+
+    streamer = Pieces()
+    expected = greedy(LM.model, custom_generate=chunk_generate, text_streamer=streamer)
+    assert streamer.token_ids == expected[0].tolist()
+    assert streamer.is_ended
+    with pytest.raises(ValueError, match="text_streamer prints one text, not 3"):
+        LM.model.generate(BATCH[:3], custom_generate=chunk_generate, text_streamer=streamer, max_new_tokens=3)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from architectures import tiny_lm
+from architectures import Scripted, tiny_lm
 from decoding_cases import GREEDY, NO_EOS, PROMPTS, datastore_near_text, generate, new_tokens, trie
 
 from utils.datastore.store import Datastore
@@ -15,6 +15,7 @@ from utils.decoding.acceptance import Acceptance
 from utils.decoding.loop import Decoding, decode
 from utils.decoding.retriever import Retriever
 from utils.decoding.types import Request
+from utils.files import InputError
 from utils.lm.kv_cache import SlotKVCache
 from utils.lm.model import CausalLM
 from utils.lm.sampling import Sampler
@@ -227,3 +228,42 @@ def test_each_token_is_read_once(lm):
     assert len(n_read) == generation.stats.forward_passes
     # All but what the last step brought, which no one needs to read.
     assert 20 - 4 <= sum(n_read[1:]) < 20
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_logits_that_rule_out_every_token_are_refused_at_their_step(batch_size, value, temperature):
+    """Neither the last token of the vocabulary nor the end of the text comes in the place of a token."""
+    n_passes = [0]
+
+    def spoil(_: torch.Tensor, logits: torch.Tensor) -> None:
+        n_passes[0] += 1
+        if n_passes[0] > 8:
+            logits[-1, -1] = value
+
+    model = Scripted(tiny_lm("llama"), spoil)
+    found = []
+    with pytest.raises(
+        InputError, match=r"prompt \d: the model computed NaN, or ruled out every token; use another --d"
+    ):
+        found += generate(
+            model, PROMPTS, 30, batch_size=batch_size, sampler=Sampler.from_settings(temperature, None, None)
+        )
+    assert not found
+
+
+def test_a_temperature_that_leaves_no_number_is_refused():
+    sampler = Sampler.from_settings(1e-40, None, None)
+    with pytest.raises(InputError, match="another --temperature"):
+        generate(tiny_lm("llama"), PROMPTS, 3, sampler=sampler)
+
+
+def test_infinite_hidden_states_are_refused_before_a_chunk_is_looked_up(lm):
+    store = datastore_near_text(lm, PROMPTS, 20)
+
+    def spoil(hidden_states: torch.Tensor, _: torch.Tensor) -> None:
+        hidden_states[:] = math.nan
+
+    with pytest.raises(InputError, match="NaN"):
+        generate(Scripted(tiny_lm("gpt2"), spoil), PROMPTS, 9, Retriever(store, Acceptance(0.5)))

@@ -22,8 +22,9 @@ from utils.decoding.acceptance import Acceptance
 from utils.decoding.loop import Decoding, decode
 from utils.decoding.retriever import Retriever
 from utils.decoding.types import Request
+from utils.evaluation import perplexity
 from utils.evaluation.marginal import log_likelihoods
-from utils.evaluation.perplexity import TextSize, base_figures, cdlm_figures, find_proposals
+from utils.evaluation.perplexity import TextSize, base_figures, base_log_likelihoods, cdlm_figures, find_proposals
 from utils.lm.model import load_lm, load_tokenizer
 from utils.lm.sampling import Sampler
 from utils.text.corpora import Passage
@@ -219,3 +220,17 @@ def test_unusable_input_is_refused_in_one_sentence(made, refusal, tmp_path, row)
     flags, message = REFUSED[row]
     filled = [str(flag).format(data=made.root / "data") for flag in flags]
     assert message in refusal("eval.py", *text_flags(made, tmp_path, *filled))
+
+
+@pytest.mark.parametrize("n_numbers", [1, 70, 10**7])
+def test_the_bootstrap_is_the_same_in_blocks_of_any_size(n_numbers, plan_of, monkeypatch):
+    windows = np.random.default_rng(5).integers(0, 100, (12, 9)).tolist()
+    found = find_proposals(
+        tiny_lm("llama"), None, plan_of([window[: 3 + i % 7] for i, window in enumerate(windows)]), 4
+    )
+    counts = np.random.default_rng(0).multinomial(12, np.full(12, 1 / 12), size=2000)
+    resampled = np.exp(-(counts @ base_log_likelihoods(found)) / (counts @ found.lengths))
+    monkeypatch.setattr(perplexity, "RESAMPLED_NUMBERS", n_numbers)
+    figures = base_figures(found, TextSize(10, 10))
+    got = figures["perplexity_lower"], figures["perplexity_upper"]
+    assert got == pytest.approx(tuple(np.percentile(resampled, [2.5, 97.5])), rel=1e-12)

@@ -192,13 +192,24 @@ def test_a_stored_run_is_read_back(tmp_path: Path) -> None:
 PROMPT = ("ab", [0, 1])
 
 
+def pending(
+    save_dir: Path,
+    prompts: list[tuple[str, list[int]]],
+    runs: dict[str, dict[str, Any]],
+    overwrite: bool = False,
+) -> dict[str, list[int]]:
+    """The prompts, text and token ids of each, that the runs lack, where every run reads the same token ids."""
+    texts, prompt_ids = [text for text, _ in prompts], dict(enumerate(token_ids for _, token_ids in prompts))
+    return pending_runs(save_dir, texts, dict.fromkeys(runs, prompt_ids), runs, overwrite)
+
+
 def test_runs_done_with_the_same_settings_are_not_pending(tmp_path: Path) -> None:
-    assert pending_runs(tmp_path / "new", [PROMPT] * 2, SETTINGS) == [[BASELINE, CHUNK]] * 2
+    assert pending(tmp_path / "new", [PROMPT] * 2, SETTINGS) == {BASELINE: [0, 1], CHUNK: [0, 1]}
     save_chunk(tmp_path, index=0)
     save_baseline(tmp_path, index=2)
     save_chunk(tmp_path, index=2)
-    assert pending_runs(tmp_path, [PROMPT] * 3, SETTINGS) == [[BASELINE], [BASELINE, CHUNK], []]
-    assert pending_runs(tmp_path, [PROMPT] * 3, SETTINGS, overwrite=True) == [[BASELINE], [BASELINE, CHUNK], []]
+    for overwrite in (False, True):
+        assert pending(tmp_path, [PROMPT] * 3, SETTINGS, overwrite) == {BASELINE: [0, 1], CHUNK: [1]}
 
 
 def test_a_run_cut_off_in_a_write_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
@@ -206,7 +217,7 @@ def test_a_run_cut_off_in_a_write_goes_on_to_the_same_bytes(tmp_path: Path) -> N
     folder = tmp_path / "cut"
     folder.mkdir()
     (folder / ".prompt_0.json.tmp").write_text('{"generation": {"prefix": "a')
-    assert pending_runs(folder, [PROMPT], {CHUNK: SETTINGS[CHUNK]}) == [[CHUNK]]
+    assert pending(folder, [PROMPT], {CHUNK: SETTINGS[CHUNK]}) == {CHUNK: [0]}
     save_chunk(folder)
     assert [path.name for path in folder.iterdir()] == ["prompt_0.json"]
     assert prompt_path(folder, 0).read_bytes() == prompt_path(tmp_path / "whole", 0).read_bytes()
@@ -234,10 +245,10 @@ def test_other_settings_are_refused_and_replaced_with_overwrite(
     before = prompt_path(tmp_path, 0).read_bytes()
     runs = {CHUNK: SETTINGS[CHUNK] | changed}
     with pytest.raises(InputError, match=message) as refusal:
-        pending_runs(tmp_path, prompts, runs)
+        pending(tmp_path, prompts, runs)
     assert str(prompt_path(tmp_path, 0)) in str(refusal.value)
     assert prompt_path(tmp_path, 0).read_bytes() == before
-    assert pending_runs(tmp_path, prompts, runs, overwrite=True) == [[CHUNK]] * len(prompts)
+    assert pending(tmp_path, prompts, runs, overwrite=True) == {CHUNK: list(range(len(prompts)))}
     assert not prompt_path(tmp_path, 0).exists()
 
 
@@ -245,7 +256,7 @@ def test_overwrite_drops_no_other_run(tmp_path: Path) -> None:
     save_baseline(tmp_path)
     alone = prompt_path(tmp_path, 0).read_bytes()
     save_chunk(tmp_path)
-    pending_runs(tmp_path, [PROMPT], {CHUNK: SETTINGS[CHUNK] | {"q_max": 0.5}}, overwrite=True)
+    pending(tmp_path, [PROMPT], {CHUNK: SETTINGS[CHUNK] | {"q_max": 0.5}}, overwrite=True)
     assert prompt_path(tmp_path, 0).read_bytes() == alone
 
 
@@ -253,7 +264,7 @@ def test_a_folder_of_other_prompts_is_refused_even_with_overwrite(tmp_path: Path
     save_chunk(tmp_path)
     for overwrite in (False, True):
         with pytest.raises(InputError, match=f"holds {CHUNK} of another prompt; choose another --save_dir"):
-            pending_runs(tmp_path, [("xy", [23, 24])], {BASELINE: SHARED}, overwrite)
+            pending(tmp_path, [("xy", [23, 24])], {BASELINE: SHARED}, overwrite)
     assert stored(tmp_path)["generation"]["generation_t0.5_text"] == "cdefgh"
 
 
@@ -312,7 +323,7 @@ def test_a_damaged_file_is_refused_with_its_path(tmp_path: Path, change: Callabl
     change(results)
     path = prompt_path(tmp_path, 0)
     path.write_text(json.dumps(results))
-    for read in (write_summary, lambda folder: pending_runs(folder, [PROMPT], SETTINGS)):
+    for read in (write_summary, lambda folder: pending(folder, [PROMPT], SETTINGS)):
         with pytest.raises(InputError, match="is no whole result file") as refusal:
             read(tmp_path)
         assert str(refusal.value).startswith(f"{path}: ")

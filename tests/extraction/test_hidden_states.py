@@ -43,7 +43,7 @@ def make_h5(folder: Path, shape: HiddenStateShape) -> Path:
     part = folder.with_name("train.h5.part")
     PartialH5.begin(part, shape)
     with PartialH5(part, shape) as h5:
-        h5.copy_missing_rows(folder, LENGTHS)
+        h5.copy_rows(np.flatnonzero(~h5.has_rows()).tolist(), folder, LENGTHS)
         h5.finish()
     assert not part.exists()
     return folder.with_name("train.h5")

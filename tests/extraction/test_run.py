@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from utils.lm.fingerprint import model_fingerprint, tokenizer_fingerprint
 from utils.lm.model import CausalLM, load_lm, load_tokenizer
 from utils.lm.scoring import score_windows, start_scoring
 from utils.manifest import read_finished
-from utils.text.windows import WindowShape
+from utils.text.expert_spans import ExpertSpans
+from utils.text.windows import TokenFile, WindowPlan, WindowShape
 
 SHAPE = {"chunk_size": 24, "stride": 18, "min_length": 10}
 ALL_FILES = {".h5", "_index_to_seqlen.json", "_index_to_acc_index.json", "_manifest.json", "_checksums.txt"}
@@ -88,20 +90,23 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def reference_windows(model_folder: Path, texts: list[str], dtype: str = "float32") -> list[tuple]:
-    """Token ids, probabilities and hidden states of each window, one forward pass and one loop each."""
+    """Token ids, probabilities, hidden states and the first token not seen before of each window, a pass each."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
-    found = []
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    prefix, found = tokenizer.encode("a")[: -len(plain)], []
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False)
         start = 0
         while len(ids) >= SHAPE["min_length"]:
             window = ids[start : start + SHAPE["chunk_size"]]
             with torch.no_grad():
-                output = model(torch.tensor([window]), output_hidden_states=True)
-            shares = output.logits[0].double().softmax(-1)
+                output = model(torch.tensor([prefix + window]), output_hidden_states=True)
+            shares = output.logits[0, len(prefix) :].double().softmax(-1)
             probabilities = [0.0] + [float(shares[i - 1, window[i]]) for i in range(1, len(window))]
-            found.append((window, probabilities, output.hidden_states[-1][0].float().numpy()))
+            first = SHAPE["chunk_size"] - SHAPE["stride"] if start else 1  # the window before holds the others too
+            hidden_states = output.hidden_states[-1][0, len(prefix) :].float().numpy()
+            found.append((window, probabilities, hidden_states, first))
             if start + SHAPE["chunk_size"] >= len(ids):
                 break
             start += SHAPE["stride"]
@@ -129,7 +134,7 @@ def test_files_hold_what_each_window_gives_by_itself(
     numbers = list(range(len(expected)))
     assert windows_with_token_probs(stage.folder) == windows_with_hidden_states(stage.folder) == numbers
     nll: list[float] = []
-    for window, (ids, probabilities, hidden_states) in enumerate(expected):
+    for window, (ids, probabilities, hidden_states, first) in enumerate(expected):
         rows = json.loads(token_probs_path(stage.folder, window).read_text(encoding="utf-8"))
         assert [row[0] for row in rows] == [tokenizer.decode([token]) for token in ids]
         assert [row[2:] for row in rows] == [[window, position, token] for position, token in enumerate(ids)]
@@ -138,7 +143,7 @@ def test_files_hold_what_each_window_gives_by_itself(
         found = read_hidden_states(stage.folder, window)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, hidden_states, rtol=1e-4, atol=1e-5)
-        nll += [-math.log(probability) for probability in probabilities[1:]]
+        nll += [-math.log(probability) for probability in probabilities[first:]]
 
     with h5py.File(stage.output_dir / "train.h5") as file:
         rows_in_order = [read_hidden_states(stage.folder, window) for window in numbers]
@@ -146,7 +151,7 @@ def test_files_hold_what_each_window_gives_by_itself(
     results = read_finished(stage.output_dir / "train_manifest.json", STAGE).results
     perplexity = math.exp(sum(nll) / len(nll))
     assert results["perplexity"] == pytest.approx(perplexity, rel=1e-4)
-    assert results["n_tokens"] == sum(len(ids) for ids, _, _ in expected)
+    assert results["n_tokens"] == sum(len(ids) for ids, *_ in expected)
     assert (results["n_windows"], results["n_passages"], results["n_short_passages"]) == (len(expected), 5, 1)
     assert results["hidden_size"] == expected[0][2].shape[1]
     assert results["outputs"] == ["token_probs", "hidden_states", "memmap"]
@@ -201,7 +206,7 @@ def test_half_precision_checkpoints_give_float32_files(
     stage("--save_hidden_states", model_path=copy, dtype=flag)
     expected = reference_windows(copy, TEXTS[:1], "float32" if flag == "auto" else flag)
     tolerance = {"auto": 1e-4, "float16": 0.02, "bfloat16": 0.1}[flag]
-    for window, (ids, probabilities, hidden_states) in enumerate(expected):
+    for window, (ids, probabilities, hidden_states, _) in enumerate(expected):
         _, found_ids, found = read_token_probs(stage.folder, window)
         assert found_ids.tolist() == ids
         np.testing.assert_allclose(found, probabilities, atol=tolerance)
@@ -276,7 +281,7 @@ def test_certain_and_impossible_tokens_stay_probabilities(tiny_lm: CausalLM) -> 
     assert probabilities[2] == 0
     assert probabilities[3] == pytest.approx(math.exp(-200), rel=1e-3)  # below the smallest float32
     assert probabilities[4] == 0
-    assert math.isfinite(window_nll(probabilities))
+    assert math.isfinite(window_nll(probabilities, first=1))
 
 
 @pytest.mark.parametrize(
@@ -302,8 +307,21 @@ def test_a_number_that_is_none_is_refused_with_its_window(
             value = {"hidden state": math.nan, "infinite hidden state": math.inf, "large hidden state": 7e4}[where]
             hidden_states[1, 9, 3] = value
 
-    tokenizer, half, firsts = load_tokenizer(str(gpt2_folder)), np.dtype("float16"), np.zeros(8, dtype=np.int64)
-    writer = WindowWriter(tmp_path, tokenizer, 320, half, tmp_path, None, firsts)
+    tokenizer = load_tokenizer(str(gpt2_folder))
+    with tempfile.TemporaryFile() as file:
+        plan = WindowPlan(
+            TokenFile(file),
+            np.arange(8) * 10,
+            np.full(8, 10),
+            8,
+            0,
+            0,
+            319,
+            "",
+            [],
+            ExpertSpans.of_rows(np.zeros((0, 4))),
+        )
+    writer = WindowWriter(tmp_path, tokenizer, plan, np.dtype("float16"), tmp_path, None)
     pending = start_scoring(Scripted(tiny_lm, change), IDS, writer.hidden_dtype)
     with pytest.raises(InputError, match=f"^{message}"):
         writer.write(np.array([4, 7]), IDS, pending)
@@ -535,7 +553,7 @@ def test_a_text_that_cannot_be_used_is_refused(
         ({"chunk_size": 129}, "--chunk_size 129: "),
         ({"dtype": "int8"}, "--dtype: invalid choice: 'int8'"),
         ({"hidden_dtype": "bfloat16"}, "--hidden_dtype: invalid choice: 'bfloat16'"),
-        ({"device": "cuda:99"}, "--device cuda:99: not to be had here"),
+        ({"device": "cuda:99"}, "--device cuda:99: not available here"),
         ({"partition": "a/b"}, "--partition: got 'a/b', expected a name without a slash"),
         ({"partition": "validation"}, "validation.json: does not exist"),
         ({"construct_memmap": "maybe"}, "--construct_memmap: got 'maybe', expected True or False"),
@@ -609,7 +627,7 @@ def test_output_of_another_text_model_or_shape_is_refused(
         "dtype": "float32",
         "hidden_dtype": "float16",
     }.items():
-        assert f"was made with --{flag}" in refused(**{flag: value})
+        assert f"was made with --{flag}" in refused("--construct_memmap", **{flag: value})
     write_text(data, TEXTS[1:])
     assert "was made with the text" in refused()
     assert contents(stage.output_dir) == whole

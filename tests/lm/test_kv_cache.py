@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import tiny_lm
+from architectures import Scripted, tiny_lm
 
 from utils.files import InputError
 from utils.lm.kv_cache import Block, GraphedKVCache, KVCache, SingleSequenceCache, SlotKVCache, make_kv_cache
@@ -128,3 +128,27 @@ def test_block_depths_and_visibility_follow_the_parents():
     assert tree.depths() == [0, 1, 1, 2]
     assert tree.visibility().astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
     assert Block([1, 2]).visibility().astype(int).tolist() == [[1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("n_tokens", [513, 700])
+def test_a_block_longer_than_any_graph_is_read_without_one(n_tokens: int) -> None:
+    lm = tiny_lm("long llama")
+    cache = make_kv_cache(lm, 2, 800, graphs=True)
+    text, more = [5, 6, 7], [8 + i % 90 for i in range(n_tokens)]
+    assert prefills(cache, 0, text, lm)
+    hidden_states, logits = cache.forward([Block(more)], keep_all=False)
+    assert close(hidden_states[0][-1], logits[0][-1], uncached(lm, text + more))
+
+
+def test_out_of_memory_in_the_probe_says_nothing_of_the_architecture() -> None:
+    is_full = [True]
+
+    def fill(hidden_states: torch.Tensor, logits: torch.Tensor) -> None:
+        if is_full[0]:
+            raise torch.OutOfMemoryError
+
+    lm = Scripted(tiny_lm("llama"), fill)
+    with pytest.raises(InputError, match="llama: leaves no memory on cpu for a KV cache"):
+        make_kv_cache(lm, 4, 40)
+    is_full[0] = False
+    assert isinstance(make_kv_cache(lm, 4, 40), SlotKVCache)

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +27,9 @@ from utils.files import InputError
 from utils.lm.model import (
     CausalLM,
     eos_token_ids,
+    find_source,
     load_config,
+    load_generation_config,
     load_lm,
     load_tokenizer,
     max_positions,
@@ -80,7 +85,7 @@ class WithoutSlices(GPT2LMHeadModel):
 @torch.inference_mode()
 def test_of_a_model_that_computes_all_logits_the_last_are_kept() -> None:
     kind, sizes = CONFIGS["gpt2"]
-    lm, ids = CausalLM(WithoutSlices(kind(**sizes)), "m"), torch.tensor([[3, 1, 4, 1, 5]])
+    lm, ids = CausalLM(WithoutSlices(kind(**sizes)).eval(), "m"), torch.tensor([[3, 1, 4, 1, 5]])
     hidden_states, logits = lm.forward(ids)
     for n in (1, 3):
         last_hidden_states, last_logits = lm.forward(ids, logits_to_keep=n)
@@ -259,17 +264,19 @@ def test_a_folder_without_a_sound_tokenizer_is_refused(
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "nonsense:0"])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
-    with pytest.raises(InputError, match=f"--device {device}: not to be had here"):
+    with pytest.raises(InputError, match=f"--device {device}: not available here"):
         pick_device(device)
 
 
 def test_windows_and_ids_beyond_the_model_are_refused(gpt2_folder: Path) -> None:
     config = load_config(str(gpt2_folder))
     assert max_positions(config) == 128
-    require_windows_fit(config, "m", 128)
+    require_windows_fit(config, "m", 128, n_prefix=0)
     require_known_ids(config, "m", 319)
     with pytest.raises(InputError, match="--chunk_size 129: m reads 128 tokens at most"):
-        require_windows_fit(config, "m", 129)
+        require_windows_fit(config, "m", 129, n_prefix=0)
+    with pytest.raises(InputError, match=r"m reads 128 tokens at most, 1 for BOS; .* of at most 127"):
+        require_windows_fit(config, "m", 128, n_prefix=1)
     with pytest.raises(InputError, match="m: its tokenizer gives token id 320, but its model knows only 320 ids"):
         require_known_ids(config, "m", 320)
 
@@ -281,6 +288,184 @@ def test_a_text_ends_where_the_config_or_else_the_tokenizer_says(gpt2_folder: Pa
     assert eos_token_ids(GenerationConfig(), tokenizer) == eos_token_ids(None, tokenizer) == {tokenizer.eos_token_id}
     tokenizer.eos_token = None
     assert eos_token_ids(GenerationConfig(), tokenizer) == eos_token_ids(None) == frozenset()
+
+
+# ---- What needs another package
+
+
+def set_in_json(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "package"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}, "optimum"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32}}, "gptqmodel"),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}}, "compressed-tensors"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "accelerate"),
+        ({"_attn_implementation": "flash_attention_2"}, "flash-attn"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_weights_that_need_a_package_are_refused_with_its_name(
+    fields: dict[str, Any], package: str, gpt2_copy: Path
+) -> None:
+    if find_spec(package.replace("-", "_")):
+        pytest.skip(f"{package} is installed here")
+    set_in_json(gpt2_copy / "config.json", **fields)
+    with pytest.raises(InputError, match=f"^{gpt2_copy}: needs a package that is not .*{package}.*install") as refused:
+        load_lm(str(gpt2_copy))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_that_needs_a_package_is_refused_with_its_name(gpt2_copy: Path) -> None:
+    if find_spec("sacremoses"):
+        pytest.skip("sacremoses is installed here")
+    (gpt2_copy / "tokenizer.json").unlink()
+    (gpt2_copy / "vocab.json").write_text('{"a": 0}')
+    (gpt2_copy / "merges.txt").touch()
+    set_in_json(gpt2_copy / "tokenizer_config.json", tokenizer_class="BioGptTokenizer")
+    with pytest.raises(InputError, match=f"^{gpt2_copy}: needs a package that is not installed .*sacremoses.*install"):
+        load_tokenizer(str(gpt2_copy))
+
+
+@pytest.fixture
+def adapter(gpt2_folder: Path, tmp_path: Path) -> Path:
+    """A folder that holds an adapter's config and names its base."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(gpt2_folder)}))
+    return folder
+
+
+LOADERS = (load_tokenizer, load_config, load_generation_config, load_lm)
+
+
+def test_an_adapter_without_peft_is_refused_beside_the_weights_and_alone(
+    adapter: Path, gpt2_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not read without it: the weights beside an adapter are another model."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    shutil.copy(adapter / "adapter_config.json", gpt2_copy)
+    for folder in (gpt2_copy, adapter):
+        for load in LOADERS:
+            with pytest.raises(InputError) as refused:
+                load(str(folder))
+            assert str(refused.value) == f"{folder}: an adapter, which needs peft; pip install peft"
+
+
+def test_an_adapter_alone_has_config_and_tokenizer_of_its_base(
+    adapter: Path, gpt2_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_installed(monkeypatch, adapter.with_name("packages"), "peft")
+    assert load_config(str(adapter)).n_embd == 32
+    assert load_generation_config(str(adapter)).eos_token_id == 0
+    assert find_source(str(adapter)).tokenizer == str(gpt2_folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(gpt2_folder / name, adapter)
+    assert find_source(str(adapter)).tokenizer == str(adapter)
+
+
+def pretend_installed(monkeypatch: pytest.MonkeyPatch, folder: Path, *packages: str) -> None:
+    """Let packages be found that are only looked for."""
+    folder.mkdir()
+    for name in packages:
+        (folder / f"{name}.py").touch()
+    monkeypatch.syspath_prepend(folder)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (None, "names no base_model_name_or_path; add it, or merge the adapter"),
+        ("/none", "base_model_name_or_path /none: does not exist; give the folder of a model, or its hub name"),
+    ],
+)
+def test_an_adapter_whose_base_is_not_there_is_refused(
+    base: str | None, message: str, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_installed(monkeypatch, adapter.with_name("packages"), "peft")
+    set_in_json(adapter / "adapter_config.json", base_model_name_or_path=base)
+    for load in LOADERS:
+        with pytest.raises(InputError, match=f"^{adapter}/adapter_config.json: {message}$"):
+            load(str(adapter))
+
+
+def test_a_loaded_adapter_is_its_base_merged_with_it(gpt2_copy: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="adapters need peft, which requirements.txt leaves out")
+    folder, ids = tmp_path / "adapter", torch.tensor([[3, 1, 4, 1, 5]])
+    with_adapter = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(gpt2_copy),
+        peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"]),
+    )
+    for name, weight in with_adapter.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    with_adapter.save_pretrained(folder)
+    merged = with_adapter.merge_and_unload()(ids).logits
+    assert not torch.allclose(load_lm(str(gpt2_copy)).forward(ids)[1], merged, atol=0.1)
+    torch.testing.assert_close(load_lm(str(folder)).forward(ids)[1], merged)
+    for file in folder.glob("adapter_*"):
+        shutil.copy(file, gpt2_copy)
+    torch.testing.assert_close(load_lm(str(gpt2_copy)).forward(ids)[1], merged)
+    # What the base lacks is not made up where the adapter is whole.
+    drop_a_weight(gpt2_copy)
+    for path in (folder, gpt2_copy):
+        with pytest.raises(InputError, match=r"1 weights are missing, transformer\.h\.1\.mlp\.c_fc\.weight the first"):
+            load_lm(str(path))
+
+
+def test_a_gguf_file_is_refused_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    path = tmp_path / "m.gguf"
+    path.touch()
+    for given in (path, tmp_path):  # a folder with one is that one
+        for load in LOADERS:
+            with pytest.raises(InputError) as refused:
+                load(str(given))
+            message = "a GGUF file, which needs gguf and accelerate; pip install gguf accelerate"
+            assert str(refused.value) == f"{path}: {message}"
+
+
+def test_a_gguf_file_is_all_that_a_model_needs(
+    gpt2_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_installed(monkeypatch, tmp_path / "packages", "gguf", "accelerate")
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (folder / name).touch()
+    source = find_source(str(folder / "b.gguf"))
+    assert (source.base, source.keywords) == (str(folder), {"gguf_file": "b.gguf"})
+    assert source.weights == source.tokenizer == source.base
+    with pytest.raises(InputError, match=f"^{folder}: holds 2 GGUF files; give one of them, such as {folder}/a.gguf$"):
+        find_source(str(folder))
+    (folder / "a.gguf").unlink()
+    assert find_source(str(folder)) == source
+    # Beside other weights it counts only where it is given itself.
+    shutil.copy(folder / "b.gguf", gpt2_copy)
+    assert load_lm(str(gpt2_copy)).hidden_size == 32
+    assert find_source(str(gpt2_copy / "b.gguf")).gguf == gpt2_copy / "b.gguf"
+
+
+def test_a_damaged_gguf_file_is_refused(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="GGUF files need gguf, which requirements.txt leaves out")
+    pytest.importorskip("accelerate", reason="GGUF files need accelerate, which requirements.txt leaves out")
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_token_list([f"token {i}" for i in range(100)])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    whole = path.read_bytes()
+    for content in (whole[:-50], whole[:20], b"x" * 100, b""):
+        path.write_bytes(content)
+        for load in LOADERS:
+            with pytest.raises(InputError, match=f"^{path}: "):
+                load(str(path))
 
 
 # ---- Copies between host and device

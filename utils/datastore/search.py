@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.files import InputError
+
 Way = Literal["product", "half", "bounded"]
 
 # From how many numbers (rows x dimensions) on a way is faster than the product, with the caches cold as a forward pass
@@ -49,6 +51,7 @@ SCORES_AT_ONCE = 2**24  # of a batch, 64 MB
 
 U, V = 2.0**-24, 2.0**-11
 LONGEST_ROW = 1 + 1e-4
+NOT_FINITE = "a hidden state to look up holds NaN or infinity; use another --dtype, such as float32"
 
 
 class _Query(NamedTuple):
@@ -116,7 +119,7 @@ class VectorIndex:
         """The row most similar to the query and its cosine similarity in [-1, 1]; ties go to the lowest row.
 
         query (D,) of any float dtype and length; one of length 0 is as similar, 0, to every row. Raises ValueError for
-        another shape and for NaN or infinity in it.
+        another shape, and InputError for NaN or infinity in it: the model computed them.
         """
         search = self.search(query)
         return search.result(None if search.pending is None else search.pending.tolist())
@@ -244,7 +247,7 @@ class VectorIndex:
         assert scores is not None
         assert exact is not None
         if not all(map(math.isfinite, values)):
-            raise ValueError("the query holds NaN or infinity")
+            raise InputError(NOT_FINITE)
         row, best, last, _ = values
         if len(scores) <= search.n_compared or last + search.error < best:
             return int(row), min(max(best, -1.0), 1.0)
@@ -256,7 +259,7 @@ class VectorIndex:
     def _nearest_of_block(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         exact = _unit_rows(queries.to(self._rows.device))
         if not bool(exact.isfinite().all()):
-            raise ValueError("the queries hold NaN or infinity")
+            raise InputError(NOT_FINITE)
         vectors = exact.float()
         if self._columns is not None and self._array is not None:
             bounds = torch.mm(self._along_directions(exact), self._columns.T).numpy()
@@ -366,7 +369,7 @@ def _prepare(query: Tensor) -> _Query | None:
             return _Query(query, exact, norm)
     unit = _unit_rows(query.cpu()[None])[0]
     if not bool(unit.isfinite().all()):
-        raise ValueError("the query holds NaN or infinity")
+        raise InputError(NOT_FINITE)
     return _Query(unit.float(), unit.numpy(), 1.0) if bool(unit.any()) else None
 
 

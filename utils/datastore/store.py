@@ -169,9 +169,8 @@ def require_made_with(trie_folder: Path, model_path: str, tokenizer: str, model:
 
 def reads_bos(trie_folder: Path) -> bool:
     """Whether the hidden states of a datastore are those of windows with BOS, or another prefix, before them."""
-    return bool(
-        read_finished(trie_folder / HIDDEN_STATES_MANIFEST, HIDDEN_STATES_STAGE).inputs["extraction"].get("bos")
-    )
+    extraction = read_finished(trie_folder / HIDDEN_STATES_MANIFEST, HIDDEN_STATES_STAGE).inputs["extraction"]
+    return extraction.get("no_bos") is False
 
 
 def flattened_trie(trie_folder: Path, token_id: int) -> TokenTrie:

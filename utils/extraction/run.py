@@ -199,7 +199,7 @@ class _Run:
             "dtype": self.settings.dtype,
             "hidden_dtype": self.settings.requested.dtype.name,
             "device": pick_device(self.settings.device).type,
-        } | ({"bos": True} if windows.with_bos and added_tokens(self.tokenizer)[0] else {})
+        } | ({"no_bos": not windows.with_bos} if added_tokens(self.tokenizer)[0] else {})
 
     @cached_property
     def inputs(self) -> dict[str, str]:
@@ -281,7 +281,7 @@ class _Run:
     def _make_plan(self) -> dict[str, Any]:
         """Make the plan where it is not there yet; returns what it is made from. Raises InputError for unusable text."""
         made_from = {name: self.arguments[name] for name in ("chunk_size", "stride", "min_length")}
-        made_from |= {name: self.inputs[name] for name in ("text", "tokenizer")} | {"bos": "bos" in self.arguments}
+        made_from |= {name: self.inputs[name] for name in ("text", "tokenizer")} | {"with_bos": self.settings.windows.with_bos}
         with exclusive_lock(self.files.output_dir, f"{self.files.partition}_plan", wait=True):
             plan = load_plan(self.files.plan, made_from)
             if plan is None:
