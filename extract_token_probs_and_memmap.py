@@ -69,9 +69,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--device_map", choices=("auto",), help="spread a model too large for one GPU over all; needs accelerate"
     )
-    parser.add_argument("--shard", type=NON_NEGATIVE_INT, help="compute only this share of the windows, from 0")
-    parser.add_argument("--num_shards", type=POSITIVE_INT, help="how many shares there are")
-    parser.add_argument("--merge_only", action="store_true", help="compute nothing, put together what the shards wrote")
+    parser.add_argument("--shard", type=NON_NEGATIVE_INT, help="compute only this shard of the windows, counted from 0")
+    parser.add_argument("--num_shards", type=POSITIVE_INT, help="number of shards")
+    parser.add_argument("--merge_only", action="store_true", help="compute nothing; merge the output of the shards")
     parser.add_argument("--save_hidden_states", action="store_true", help="write a .npy of hidden states per window")
     parser.add_argument(
         "--hidden_dtype", choices=("float32", "float16"), default="float32", help="of the hidden states on disk"

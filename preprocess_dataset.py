@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         metavar="PATH",
-        help="files, or folders that stand for all such files in them: .txt (one passage each), .jsonl (an object a "
+        help="files, or folders, which are searched for such files: .txt (one passage each), .jsonl (an object a "
         "line), .json (a list of objects), .parquet; a column `spans` of [start, end] character offsets is kept",
     )
     local.add_argument("--text_column", metavar="NAME", help="column that holds the text (default: text)")
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             type=Range(float, least=0, below=1),
             help=f"share of the passages, 0: {name}.json is empty (default: {FRACTION})",
         )
-    split.add_argument("--seed", type=int, help=f"another seed deals the passages out otherwise (default: {SEED})")
+    split.add_argument("--seed", type=int, help=f"of the random split (default: {SEED})")
     args = parser.parse_args(argv)
     check_flags(parser, args)
     return args

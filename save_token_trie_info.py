@@ -1,4 +1,4 @@
-"""Stage 3: cut the runs of tokens that the LM was sure of, or that an expert marked, out of a text, as token tries.
+"""Stage 3: extract the token sequences that the LM gave a high probability, or that an expert marked, as token tries.
 
 Reads   TOKEN_PROB_DIR/token_probs_{i}.json    what stage 2 wrote for one partition, and its manifest beside that folder
         {partition}_expert_spans.json          beside that folder too, with --chunk_source expert and both

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Knowledge distillation, for perplexity: chunks that the large example model is sure of help the small one. How sure
+# Knowledge distillation, for perplexity: chunks to which the large example model gives a high probability help the small one. How high
 # to be of a chunk by its similarity is fitted to validation text; test text says what came of it. Takes two minutes or
 # so; run again, it goes on.
 #
@@ -11,7 +11,7 @@ out=$(output_folder knowledge_distillation "$@")
 small=examples/models/small
 gamma=0.3
 
-step "Chunks that the large model is sure of, found by hidden states of the small one, which generates"
+step "Chunks to which the large model gives a high probability, found by hidden states of the small one, which generates"
 run run_pipeline.sh --quiet --model_ds examples/models/large --model_gen "$small" --max_passages 60 \
     --tok_prob_threshold "$gamma" --max_new_tokens 60 --output_dir "$out" --report "$out/report.html"
 

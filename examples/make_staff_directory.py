@@ -43,7 +43,7 @@ OPENINGS = ("According to the directory, the", "Visitors often ask what the", "A
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--output_file", type=Path, required=True, help="file to write")
-    parser.add_argument("--seed", type=NON_NEGATIVE_INT, default=0, help="another seed invents other people and facts")
+    parser.add_argument("--seed", type=NON_NEGATIVE_INT, default=0, help="of the invented people and facts")
     return parser.parse_args(argv)
 
 

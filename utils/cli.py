@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from errno import ENAMETOOLONG
 from io import TextIOWrapper
@@ -103,7 +104,7 @@ def _prepare_streams() -> None:
     """Let printing never fail: not on a terminal without γ and θ, and not where cron closed stdout or stderr."""
     # A file that is opened later must not get the number of a closed stream, which libraries print to.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
+        os.set_inheritable(descriptor, True)  # by worker processes too
     os.close(descriptor)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -121,8 +122,9 @@ def _final_message(prog: str, message: str, status: int) -> int:
     # Nothing is left to clean up, so a second signal may end the process at once, without a traceback.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    close_bars()
-    print(f"{prog}: {message}", file=sys.stderr)
+    with suppress(OSError):  # nobody may read it
+        close_bars()
+        print(f"{prog}: {message}", file=sys.stderr)
     return status
 
 
@@ -183,7 +185,7 @@ def file_name(text: str) -> str:
 
 def add_cache_dir(parser: Parser) -> None:
     parser.add_argument(
-        "--cache_dir", type=Path, help="folder for what the Hugging Face hub sends (default: the hub's own)"
+        "--cache_dir", type=Path, help="folder for downloads from the Hugging Face hub (default: the hub's own)"
     )
 
 
@@ -243,7 +245,7 @@ def add_verify_checksums(parser: Parser) -> None:
     parser.add_argument(
         "--verify_checksums",
         action="store_true",
-        help="read all of what the stages before wrote and name what was changed since; sizes are always compared",
+        help="compare the SHA-256 of all input files with what the earlier stages recorded; sizes are always compared",
     )
 
 

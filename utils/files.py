@@ -54,7 +54,8 @@ def replacing(path: Path, scratch: Path | None = None) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):  # the folder itself may be missing
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        # A pipe that broke is not the file but where the script reports to.
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise unwritable(path, error) from error
         raise
 
@@ -120,16 +121,18 @@ def _require(path: Path, is_there: bool, kind: str, made_by: str) -> Path:
 def open_text(path: Path) -> Iterator[TextIO]:
     """A UTF-8 file open for reading, compressed or not, its byte order mark skipped; the block may do nothing but read.
 
-    Raises InputError where the file cannot be read, with the byte's number where it is not UTF-8.
+    Raises InputError where the file cannot be read, with the byte's number, but for .zst, where it is not UTF-8.
     """
     try:
         with _open_binary(path) as raw, TextIOWrapper(raw, encoding="utf-8-sig") as file:
             try:
                 yield file
             except UnicodeDecodeError as error:
-                # `error` counts from the start of the block that was read last.
-                byte = raw.tell() - len(error.object) + error.start
-                raise InputError(f"{path}: is not UTF-8 (byte {byte}); save it as UTF-8") from error
+                at = ""
+                with suppress(OSError):  # a .zst does not say how much of it was read
+                    # `error` counts from the start of the block that was read last.
+                    at = f" (byte {raw.tell() - len(error.object) + error.start})"
+                raise InputError(f"{path}: is not UTF-8{at}; save it as UTF-8") from error
     except (OSError, EOFError, lzma.LZMAError, ZlibError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read ({reason}); check the path and the disk") from error

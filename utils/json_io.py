@@ -95,7 +95,7 @@ def _parse_list(file: TextIO, path: Path) -> Iterator[Any]:
         more = file.read(block) if stop > len(buffer) - LONGEST_JSON_WORD else ""
         if not more:
             near = f"after entry {n_entries} of it, near {buffer[at : at + 40]!r}"
-            raise InputError(f"{path}: the JSON list is cut off or damaged {near}; make it anew")
+            raise InputError(f"{path}: the JSON list is cut off or damaged {near}; write it again")
         # `at` may stand behind a comma that is consumed: `after_entry` remembers that.
         buffer, at, block = buffer[at:] + more, 0, block * 2
 
@@ -143,9 +143,9 @@ def _readable_json(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"{path}: is not whole JSON ({error.msg} at {place}); mend it or make it anew") from error
+        raise InputError(f"{path}: is not valid JSON ({error.msg} at {place}); correct it or write it again") from error
     except RecursionError as error:
         raise InputError(f"{path}: JSON is nested too deeply; expected a few levels") from error
     except ValueError as error:
         # Python reads no integer of more than 4300 digits.
-        raise InputError(f"{path}: holds JSON that cannot be read ({error}); mend it") from error
+        raise InputError(f"{path}: holds JSON that cannot be read ({error}); correct it") from error

@@ -89,7 +89,7 @@ def in_processes(
                 submit(1)
                 yield result
         except BrokenProcessPool as error:
-            message = f"{where}: a worker process was ended from outside, for lack of memory perhaps"
+            message = f"{where}: a worker process was killed, perhaps for lack of memory"
             raise InputError(f"{message}; run again with fewer --max_workers") from error
         finally:
             pool.shutdown(cancel_futures=True)

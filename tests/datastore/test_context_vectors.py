@@ -401,7 +401,7 @@ REFUSED: dict[str, tuple[Callable[[Corpus, Path], object], dict[str, object], st
         {},
         "holds 4 tries, its manifest says 5; run save_token_trie_info.py again",
     ),
-    "positions cut off": (lambda c, f: cut_off(f / "tok_pos_3.json"), {}, r"tok_pos_3\.json: is not whole"),
+    "positions cut off": (lambda c, f: cut_off(f / "tok_pos_3.json"), {}, r"tok_pos_3\.json: is not valid JSON"),
     "position beyond the window": (
         lambda c, f: rewrite_json(f / "tok_pos_3.json", lambda p: p["2"].__setitem__(0, [1, 7])),
         {},
@@ -418,7 +418,7 @@ REFUSED: dict[str, tuple[Callable[[Corpus, Path], object], dict[str, object], st
     ".h5 of other things": (
         lambda c, f: h5py.File(c.output_dir / "train.h5", "w").close(),
         {},
-        r"train\.h5: is cut off or no \.h5 of stage 2",
+        r"train\.h5: is cut off or not an \.h5 of stage 2",
     ),
     ".h5 without manifest": (
         lambda c, f: (c.output_dir / "train_manifest.json").unlink(),
@@ -447,7 +447,7 @@ REFUSED: dict[str, tuple[Callable[[Corpus, Path], object], dict[str, object], st
     "lengths cut off": (
         lambda c, f: cut_off(c.output_dir / "train_index_to_seqlen.json"),
         {},
-        r"seqlen\.json: is not whole JSON",
+        r"seqlen\.json: is not valid JSON",
     ),
     "lengths lack a window": (
         lambda c, f: rewrite_json(c.output_dir / "train_index_to_seqlen.json", lambda m: m.pop("7")),
@@ -457,7 +457,7 @@ REFUSED: dict[str, tuple[Callable[[Corpus, Path], object], dict[str, object], st
     "lengths with a hole": (
         lambda c, f: rewrite_json(c.output_dir / "train_index_to_seqlen.json", lambda m: m.pop("3")),
         {},
-        r"seqlen\.json: is no map .* of every window",
+        r"seqlen\.json: is not a map .* of every window",
     ),
     "first rows lack a window": (
         lambda c, f: rewrite_json(c.output_dir / "train_index_to_acc_index.json", lambda m: m.pop("7")),
@@ -485,10 +485,10 @@ REFUSED: dict[str, tuple[Callable[[Corpus, Path], object], dict[str, object], st
     "no workers": (lambda c, f: None, {"max_workers": 0}, "--max_workers: got '0'"),
     "list without its switch": (lambda c, f: None, {"missing_tokens_file": "x"}, "needs --process_missing_tokens"),
     "no list": (lambda c, f: None, MISSING, r"list\.json: does not exist"),
-    "list of texts": (listing(["3"]), MISSING, r"list\.json: is no list of token ids"),
+    "list of texts": (listing(["3"]), MISSING, r"list\.json: is not a list of token ids"),
     "list of an unknown id": (listing([3, 77]), MISSING, r"list\.json: lists 77, which is no entry token"),
     "exclusion of an unknown id": (listing([3, 77]), EXCLUDED, r"list\.json: lists 77, which is no entry token"),
-    "exclusion that is no list": (listing({"3": 1}), EXCLUDED, r"list\.json: is no list of token ids"),
+    "exclusion that is not a list": (listing({"3": 1}), EXCLUDED, r"list\.json: is not a list of token ids"),
 }
 
 

@@ -271,5 +271,5 @@ def test_a_datastore_of_another_model_or_tokenizer_is_refused(whole: Path) -> No
             InputError, match=rf"/{name}\.json: the datastore was made with another tokenizer than gpt2'"
         ):
             require_made_with(whole, "gpt2", "other", model_or_none)
-    with pytest.raises(InputError, match="its hidden states are another model's than gpt2"):
+    with pytest.raises(InputError, match="its hidden states are those of another model than gpt2"):
         require_made_with(whole, "gpt2", tokenizer, "other")

@@ -110,7 +110,7 @@ def test_only_files_named_after_a_token_are_tries(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [{}, ["7"], [True], [-1], [1.5], [2**31], None])
 def test_a_list_of_anything_but_token_ids_is_refused(tmp_path: Path, value: object) -> None:
     write_json(tmp_path / "list.json", value)
-    with pytest.raises(InputError, match="is no list of token ids"):
+    with pytest.raises(InputError, match="is not a list of token ids"):
         read_token_id_list(tmp_path / "list.json")
 
 
@@ -186,22 +186,22 @@ def test_other_json_of_the_same_value_reads_as_what_was_written(
 
 
 DAMAGED_TRIES: dict[str, tuple[str, str, str]] = {
-    "cut off": ("7.json", '{"2": [[7, 6]], ', r"7\.json: is not whole JSON"),
-    "no map": ("7.json", "[1]", r"7\.json: is no map of depths"),
-    "empty": ("7.json", "{}", "is no map of depths"),
-    "no rows": ("7.json", '{"2": [], "3": [[7, 5, 6]]}', "is no map of depths"),
-    "ragged": ("7.json", '{"2": [[7, 6], [7]], "3": [[7, 5, 6]]}', "is no map of depths"),
-    "wrong depth": ("7.json", '{"2": [[7, 6, 5]], "3": [[7, 5, 6]]}', "is no map of depths"),
-    "depth 1": ("7.json", '{"1": [[7]], "3": [[7, 5, 6]]}', "is no map of depths"),
-    "depths out of order": ("7.json", '{"3": [[7, 5, 6]], "2": [[7, 6]]}', "is no map of depths"),
-    "texts": ("7.json", '{"2": [["a", "b"]], "3": [[7, 5, 6]]}', "is no map of depths"),
-    "fractions": ("7.json", '{"2": [[7, 6.5]], "3": [[7, 5, 6]]}', "is no map of depths"),
-    "negative": ("7.json", '{"2": [[7, -6]], "3": [[7, 5, 6]]}', "is no map of depths"),
-    "huge": ("7.json", '{"2": [[7, 36893488147419103232]], "3": [[7, 5, 6]]}', "is no map of depths"),
+    "cut off": ("7.json", '{"2": [[7, 6]], ', r"7\.json: is not valid JSON"),
+    "no map": ("7.json", "[1]", r"7\.json: is not a map of depths"),
+    "empty": ("7.json", "{}", "is not a map of depths"),
+    "no rows": ("7.json", '{"2": [], "3": [[7, 5, 6]]}', "is not a map of depths"),
+    "ragged": ("7.json", '{"2": [[7, 6], [7]], "3": [[7, 5, 6]]}', "is not a map of depths"),
+    "wrong depth": ("7.json", '{"2": [[7, 6, 5]], "3": [[7, 5, 6]]}', "is not a map of depths"),
+    "depth 1": ("7.json", '{"1": [[7]], "3": [[7, 5, 6]]}', "is not a map of depths"),
+    "depths out of order": ("7.json", '{"3": [[7, 5, 6]], "2": [[7, 6]]}', "is not a map of depths"),
+    "texts": ("7.json", '{"2": [["a", "b"]], "3": [[7, 5, 6]]}', "is not a map of depths"),
+    "fractions": ("7.json", '{"2": [[7, 6.5]], "3": [[7, 5, 6]]}', "is not a map of depths"),
+    "negative": ("7.json", '{"2": [[7, -6]], "3": [[7, 5, 6]]}', "is not a map of depths"),
+    "huge": ("7.json", '{"2": [[7, 36893488147419103232]], "3": [[7, 5, 6]]}', "is not a map of depths"),
     "other entry": ("7.json", '{"2": [[8, 6]], "3": [[7, 5, 6]]}', "rows of another entry token"),
     "more rows": ("7.json", '{"2": [[7, 6], [7, 6]], "3": [[7, 5, 6]]}', r"other rows than tok_pos_7\.json"),
-    "positions cut off": ("tok_pos_7.json", '{"2": [[1, 0', r"tok_pos_7\.json: is not whole"),
-    "no number": ("tok_pos_7.json", '{"2": [[1, ]], "3": [[0, 0]]}', "is not whole JSON"),
+    "positions cut off": ("tok_pos_7.json", '{"2": [[1, 0', r"tok_pos_7\.json: is not valid JSON"),
+    "no number": ("tok_pos_7.json", '{"2": [[1, ]], "3": [[0, 0]]}', "is not valid JSON"),
     "columns": ("tok_pos_7.json", '{"2": [[1], [0]], "3": [[0, 0]]}', "rows of 2 numbers"),
     "triples": ("tok_pos_7.json", '{"2": [[1, 0, 0]], "3": [[0, 0, 0]]}', "rows of 2 numbers"),
 }
@@ -278,10 +278,10 @@ ONE = np.ones((1, 5), dtype=np.float32)
 DAMAGED_VECTORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: path.unlink(), "does not exist"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-4]), "is cut off"),
-    "empty": (lambda path: path.write_bytes(b""), "is cut off or no .h5"),
-    "no HDF5": (lambda path: path.write_bytes(b"hidden states"), "is cut off or no .h5"),
-    "no group": (other_vectors({"2": ONE, "3": ONE}, "states"), "is cut off or no .h5"),
-    "no depth": (other_vectors({"2": ONE, "three": ONE}), "is cut off or no .h5"),
+    "empty": (lambda path: path.write_bytes(b""), "is cut off or not an .h5"),
+    "no HDF5": (lambda path: path.write_bytes(b"hidden states"), "is cut off or not an .h5"),
+    "no group": (other_vectors({"2": ONE, "3": ONE}, "states"), "is cut off or not an .h5"),
+    "no depth": (other_vectors({"2": ONE, "three": ONE}), "is cut off or not an .h5"),
     "depth lacking": (other_vectors({"2": ONE}), r"rows by depth are \{2: 1\}, those of the trie \{2: 1, 3: 1\}"),
     "rows lacking": (other_vectors({"2": ONE, "3": ONE[:0]}), "rows by depth are"),
     "more rows": (other_vectors({"2": ONE, "3": ONE.repeat(2, 0)}), "rows by depth are"),

@@ -74,5 +74,7 @@ def test_a_map_reads_back_as_it_was_saved(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_no_map_is_refused(tmp_path: Path, value: Any) -> None:
     write_json(tmp_path / "map.json", value)
-    with pytest.raises(InputError, match=r"map\.json: is no acceptance map of ascending knots in \[0, 1\); fit one"):
+    with pytest.raises(
+        InputError, match=r"map\.json: is not an acceptance map of ascending knots in \[0, 1\); fit one"
+    ):
         read_map(tmp_path / "map.json")

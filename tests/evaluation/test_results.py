@@ -324,7 +324,7 @@ def test_a_damaged_file_is_refused_with_its_path(tmp_path: Path, change: Callabl
     path = prompt_path(tmp_path, 0)
     path.write_text(json.dumps(results))
     for read in (write_summary, lambda folder: pending(folder, [PROMPT], SETTINGS)):
-        with pytest.raises(InputError, match="is no whole result file") as refusal:
+        with pytest.raises(InputError, match="is not a complete result file") as refusal:
             read(tmp_path)
         assert str(refusal.value).startswith(f"{path}: ")
 

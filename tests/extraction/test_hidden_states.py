@@ -189,18 +189,18 @@ def damaged_npy(array: np.ndarray, damage: str, path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("cut", "is cut off or no .npy file"),
-        ("header cut", "is cut off or no .npy file"),
-        ("empty", "is cut off or no .npy file"),
+        ("cut", "is cut off or not a .npy file"),
+        ("header cut", "is cut off or not a .npy file"),
+        ("empty", "is cut off or not a .npy file"),
         ("missing", "does not exist"),
-        ("pickled", "is cut off or no .npy file"),
+        ("pickled", "is cut off or not a .npy file"),
         ("NaN", "holds NaN or infinity"),
         ("infinite", "holds NaN or infinity"),
         ("other length", r"is float32 \(4, 6\), expected float32 \(5, 6\)"),
         ("other hidden size", r"is float32 \(5, 5\), expected float32 \(5, 6\)"),
         ("other dtype", r"is float64 \(5, 6\), expected float32 \(5, 6\)"),
-        ("integers", r"is cut off or no \.npy file \(expected a 2-D float array"),
-        ("one row", r"is cut off or no \.npy file \(expected a 2-D float array"),
+        ("integers", r"is cut off or not a \.npy file \(expected a 2-D float array"),
+        ("one row", r"is cut off or not a \.npy file \(expected a 2-D float array"),
     ],
 )
 def test_a_damaged_npy_is_named_and_leaves_no_h5(damage: str, message: str, tmp_path: Path) -> None:
@@ -224,9 +224,9 @@ def test_a_window_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no HDF5", "is cut off or no .h5 of stage 2"),
+        (b"no HDF5", "is cut off or not an .h5 of stage 2"),
         (None, "does not exist"),
-        ({"other": np.zeros((2, 3), "f4")}, "is cut off or no .h5 of stage 2"),
+        ({"other": np.zeros((2, 3), "f4")}, "is cut off or not an .h5 of stage 2"),
         ({"all_hidden_states": np.zeros((2, 3), "i4")}, "no float matrix"),
         ({"all_hidden_states": np.zeros(3, "f4")}, "no float matrix"),
     ],

@@ -669,7 +669,7 @@ def test_a_damaged_file_of_an_interrupted_run_is_named(stage: Stage, refused: St
     path = token_probs_path(stage.folder, 4)
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
-    assert refused().startswith(f"{path}: is not whole JSON")
+    assert refused().startswith(f"{path}: is not valid JSON")
     path.write_bytes(whole)
     stage()
 

@@ -146,7 +146,12 @@ def test_a_list_is_written_one_entry_a_line_and_may_be_empty(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b'{"a": 1', "is not whole JSON"), (b'"\xff"', "is not UTF-8"), (b"9" * 5000, "cannot be read"), (b"", "whole")],
+    [
+        (b'{"a": 1', "is not valid JSON"),
+        (b'"\xff"', "is not UTF-8"),
+        (b"9" * 5000, "cannot be read"),
+        (b"", "is not valid JSON"),
+    ],
 )
 def test_json_that_cannot_be_read_is_an_input_error(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.json").write_bytes(content)

@@ -121,7 +121,7 @@ def test_an_error_is_raised_here(n_workers: int) -> None:
 
 
 def test_a_process_that_dies_is_told_of() -> None:
-    with pytest.raises(InputError, match=f"{HERE}: a worker process was ended from outside"):
+    with pytest.raises(InputError, match=f"{HERE}: a worker process was killed"):
         run([1, -2, 3, 4], 2)
 
 

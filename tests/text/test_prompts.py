@@ -73,16 +73,14 @@ def test_every_layout_gives_its_texts_in_order(
         ('["a", ""]', r"prompt 1 \(counted from 0\) is empty"),
         ('["a", " \\n"]', r"prompt 1 \(counted from 0\) is empty"),
         ('{"turns": ["", "b"]}', r"prompt 0 \(counted from 0\) is empty"),
-        ('["a"', "not whole JSON .* line 1"),
-        ('"a"\n"b"\n{"text": ', "not whole JSON .* line 3"),
-        ("plain text", "not whole JSON .* line 1"),
+        ('["a"', "not valid JSON .* line 1"),
+        ('"a"\n"b"\n{"text": ', "not valid JSON .* line 3"),
+        ("plain text", "not valid JSON .* line 1"),
         ('["a", 3]', r"prompt 1 .* is 3"),
         ('[["a"]]', r'prompt 0 .* is \["a"\]'),
         ('[{"question": "a"}]', 'prompt 0 .* is {"question": "a"}'),
         ('[{"prompt": null}]', r"prompt 0 .* is {"),
-        ('[{"prompt": ["a"]}]', r"prompt 0 .* is {"),
         ('{"turns": []}', r"prompt 0 .* is {"),
-        ('{"turns": "a"}', r"prompt 0 .* is {"),
         ('{"turns": [{"text": "a"}]}', r"prompt 0 .* is {"),
         ("3", r"prompt 0 .* is 3"),
         (b'["\xff"]', r"not UTF-8 \(byte 2\)"),
@@ -158,16 +156,16 @@ def test_prompt_without_tokens_is_refused(gpt2: PreTrainedTokenizerBase, tmp_pat
         encode_prompts(prompts_of("a", "\u200b"), gpt2)
 
 
-def test_prompt_must_leave_room_for_the_new_tokens() -> None:
+def test_prompt_must_leave_room_for_the_new_tokens(gpt2: PreTrainedTokenizerBase) -> None:
     prompts = prompts_of("a", "b")
-    require_room(prompts, [[1] * 7, [1] * 8], n_positions=10, max_new_tokens=2)
-    require_room(prompts, [[1] * 700, [1] * 800], n_positions=None, max_new_tokens=2)
+    require_room(prompts, [[1] * 7, [1] * 8], gpt2, n_positions=10, max_new_tokens=2)
+    require_room(prompts, [[1] * 700, [1] * 800], gpt2, n_positions=None, max_new_tokens=2)
     with pytest.raises(
         InputError, match=r"prompt 1 .* has 9 tokens, the model's 10 positions less 2 new tokens leave 8"
     ):
-        require_room(prompts, [[1] * 8, [1] * 9], n_positions=10, max_new_tokens=2)
+        require_room(prompts, [[1] * 8, [1] * 9], gpt2, n_positions=10, max_new_tokens=2)
     with pytest.raises(InputError, match=r"prompt 0 .* leave 0"):
-        require_room(prompts, [[1], [1]], n_positions=10, max_new_tokens=12)
+        require_room(prompts, [[1], [1]], gpt2, n_positions=10, max_new_tokens=12)
 
 
 def test_prompts_survive_a_round_trip_through_json(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ Shown = Callable[[Sequence[int]], str]
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("directory", type=Path, help="trie folder, or the --output_dir of stage 3")
-    add_model(parser, default="none, and ids stand for text")
+    add_model(parser, default="none: token ids are shown instead of text")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--token", metavar="TEXT", help="show the chunks of this entry token, such as ' the'")
     what.add_argument("--token_id", type=NON_NEGATIVE_INT, metavar="ID", help="the same by the token's id")

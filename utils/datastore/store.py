@@ -162,9 +162,9 @@ def require_made_with(trie_folder: Path, model_path: str, tokenizer: str, model:
     path = trie_folder / name
     inputs = read_finished(path, stage).inputs
     if inputs.get("tokenizer") != tokenizer:
-        raise InputError(f"{path}: the datastore was made with another tokenizer than {model_path}'s; make it anew")
+        raise InputError(f"{path}: the datastore was made with another tokenizer than {model_path}'s; build it again with this model")
     if model is not None and inputs.get("model_gen") != model:
-        raise InputError(f"{path}: its hidden states are another model's than {model_path}; make them anew with it")
+        raise InputError(f"{path}: its hidden states are those of another model than {model_path}; run stages 2 and 4 again with --model_path {model_path}")
 
 
 def reads_bos(trie_folder: Path) -> bool:

@@ -197,7 +197,7 @@ def read_token_id_list(path: Path) -> list[int]:
     """The token ids in a JSON list, ascending; raises InputError where an entry is none."""
     token_ids = read_json(path)
     if not isinstance(token_ids, list) or any(type(token) is not int or not 0 <= token < 2**31 for token in token_ids):
-        raise InputError(f"{path}: is no list of token ids; expected [5, 17, …]")
+        raise InputError(f"{path}: is not a list of token ids; expected [5, 17, …]")
     return sorted(set(token_ids))
 
 
@@ -316,7 +316,7 @@ def _read_by_depth(path: Path, n_columns: int | None) -> dict[int, np.ndarray]:
         is_sound = False
     if not is_sound:
         columns = f"{n_columns} numbers" if n_columns else "depth token ids"
-        raise InputError(f"{path}: is no map of depths to rows of {columns}; delete it and run {STAGE} again")
+        raise InputError(f"{path}: is not a map of depths to rows of {columns}; delete it and run {STAGE} again")
     return tables
 
 
@@ -387,7 +387,7 @@ class ContextVectors:
             tables = _map_tables(self._path)
         except (OSError, KeyError, AttributeError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).strip("'\"")
-            self._refuse(f"is cut off or no .h5 of {HIDDEN_STATES_STAGE} ({reason})", error)
+            self._refuse(f"is cut off or not an .h5 of {HIDDEN_STATES_STAGE} ({reason})", error)
         if any(table.ndim != 2 or table.dtype.kind != "f" for table in tables.values()):
             self._refuse("expected a float matrix per depth")
         n_rows = {depth: len(tables[depth]) for depth in sorted(tables)}

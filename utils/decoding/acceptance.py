@@ -60,7 +60,7 @@ def read_map(path: Path) -> AcceptanceMap:
     except (KeyError, TypeError, ValueError, OverflowError):
         is_map = False
     if not is_map:
-        raise InputError(f"{path}: is no acceptance map of ascending knots in [0, 1); fit one with --fit_acceptance")
+        raise InputError(f"{path}: is not an acceptance map of ascending knots in [0, 1); fit one with --fit_acceptance")
     return AcceptanceMap(tuple(similarities.tolist()), tuple(probabilities.tolist()), origin)
 
 

@@ -341,7 +341,7 @@ def _read(path: Path) -> Results:
     except (KeyError, TypeError, AttributeError):
         is_sound = False
     if not is_sound:
-        raise InputError(f"{path}: is no whole result file of eval.py; delete it and run eval.py again")
+        raise InputError(f"{path}: is not a complete result file of eval.py; delete it and run eval.py again")
     return results
 
 

@@ -81,7 +81,7 @@ def read_hidden_states(folder: Path, window: int) -> np.ndarray:
             raise ValueError(f"expected a 2-D float array, found {mapped.dtype} {mapped.shape} in {n_bytes} bytes")
         return np.array(mapped)
     except (ValueError, TypeError, OSError, EOFError, TokenError, SyntaxError, OverflowError) as error:
-        raise InputError(f"{path}: is cut off or no .npy file ({error}); delete it and run stage 2 again") from error
+        raise InputError(f"{path}: is cut off or not a .npy file ({error}); delete it and run stage 2 again") from error
 
 
 # ---- All windows in one file
@@ -205,7 +205,7 @@ def map_all_hidden_states(path: Path) -> np.memmap:
         shape, dtype, offset = read_places(path)[DATASET]
     except (OSError, KeyError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).strip("'\"")
-        raise InputError(f"{path}: is cut off or no .h5 of stage 2 ({reason}); run stage 2 again") from error
+        raise InputError(f"{path}: is cut off or not an .h5 of stage 2 ({reason}); run stage 2 again") from error
     is_whole = shape and offset is not None and offset + math.prod(shape) * dtype.itemsize <= path.stat().st_size
     if len(shape or ()) != 2 or dtype.kind != "f" or not is_whole or offset is None:
         raise InputError(f"{path}: its dataset is cut off, not contiguous or no float matrix; run stage 2 again")
@@ -238,8 +238,8 @@ def read_index_map(path: Path) -> np.ndarray:
     try:
         values = np.array([index(found[str(window)]) for window in range(len(found))], dtype=np.int64)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        message = f'{path}: is no map {{"0": n, "1": n, …}} of every window ({error!r}); run stage 2 again'
+        message = f'{path}: is not a map {{"0": n, "1": n, …}} of every window ({error!r}); run stage 2 again'
         raise InputError(message) from error
     if values.ndim != 1 or (values < 0).any():
-        raise InputError(f"{path}: holds a value that is no count; run stage 2 again")
+        raise InputError(f"{path}: holds a value that is not a count; run stage 2 again")
     return values

@@ -33,7 +33,7 @@ def read_extraction(path: Path) -> Manifest:
         manifest.inputs.get("tokenizer"),
     ]
     if not all(isinstance(n, int) and n > 0 for n in numbers) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{path}: is no whole manifest of {STAGE}; delete it and run {STAGE} again")
+        raise InputError(f"{path}: is not a complete manifest of {STAGE}; delete it and run {STAGE} again")
     return manifest
 
 
@@ -127,7 +127,7 @@ def read_window(folder: Path, window: int) -> WindowTokenProbs:
         is_sound = False
     if not is_sound:
         rows_of = f"[text, probability in [0, 1], {window}, position, token id]"
-        raise InputError(f"{path}: is no list of {rows_of} rows in order; delete it and run stage 2 again")
+        raise InputError(f"{path}: is not a list of {rows_of} rows in order; delete it and run stage 2 again")
     # A line break in JSON is never part of a value.
     line = text.strip().replace(b"\r", b" ").replace(b"\n", b" ")
     return WindowTokenProbs(list(texts), ids.astype(np.int32), probs, line)

@@ -51,7 +51,7 @@ def model_fingerprint(model_path: str, cache_dir: Path | None = None) -> str:
     config_path = fetch_file(source.base, CONFIG_NAME, cache_dir)
     config = read_json(config_path) if config_path else None
     if not isinstance(config, dict):
-        raise InputError(f"{model_path}: no model config can be loaded; copy the model anew")
+        raise InputError(f"{model_path}: no model config can be loaded; copy the model again")
     decisive = {name: value for name, value in config.items() if name not in NOT_OF_THE_FORWARD_PASS}
     return hashlib.sha256(json.dumps([digests, decisive], sort_keys=True).encode()).hexdigest()
 
@@ -83,14 +83,14 @@ def _weight_files(model_path: str, cache_dir: Path | None) -> Iterator[Path]:
             for name in _shard_names(found):
                 shard = fetch_file(model_path, name, cache_dir)
                 if shard is None:
-                    raise InputError(f"{model_path}: {name} is missing, a part of its weights; copy the model anew")
+                    raise InputError(f"{model_path}: {name} is missing, a part of its weights; copy the model again")
                 yield shard
             return
-    raise InputError(f"{model_path}: no weights found ({SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}); copy the model anew")
+    raise InputError(f"{model_path}: no weights found ({SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}); copy the model again")
 
 
 def _shard_names(index: Path) -> list[str]:
     try:
         return sorted(set(read_json(index)["weight_map"].values()))
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: lists no weight files; copy the model anew") from error
+        raise InputError(f"{index}: lists no weight files; copy the model again") from error

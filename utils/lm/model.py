@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
+from struct import error as StructError
 from threading import get_ident
 from typing import Any
 
@@ -137,7 +138,7 @@ class ModelSource:
     """What `from_pretrained` is called with for the parts of a model, which are in one place but for adapters."""
 
     base: str  # config and weights; an adapter's are those of the model that it was trained on
-    weights: str  # the adapter's folder where there is one, since its base is loaded with it
+    weights: str  # the adapter's where there is one, else the same
     tokenizer: str
     keywords: dict[str, str]  # gguf_file
     adapter_config: Path | None = None  # of a peft adapter
@@ -174,7 +175,7 @@ def find_source(model_path: str, cache_dir: Path | None = None) -> ModelSource:
         named = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
         if not isinstance(named, str) or not named:
             raise InputError(f"{adapter_config}: names no base_model_name_or_path; add it, or merge the adapter")
-        _require_model_folder(named)
+        _require_model_folder(named, f"{adapter_config}: base_model_name_or_path {named}")
         base = named
     has_tokenizer = fetch_file(model_path, "tokenizer_config.json", cache_dir) is not None
     return ModelSource(base, model_path, model_path if has_tokenizer else base, {}, adapter_config)
@@ -198,7 +199,10 @@ def _require_packages(what: str, packages: tuple[str, ...]) -> None:
 
 
 def _package_missing(model_path: str, error: ImportError) -> InputError:
-    return InputError(f"{model_path}: needs a package that is not installed ({_first_line(error)}); install it")
+    reason = _first_line(error)
+    # Of this one transformers does not say what pip calls it.
+    remedy = "pip install flash-attn" if "FlashAttention" in reason else "install it"
+    return InputError(f"{model_path}: needs a package that is not installed ({reason}); {remedy}")
 
 
 # ---- Tokenizer and config
@@ -210,13 +214,15 @@ def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrained
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, cache_dir=cache_dir, **source.keywords)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except ImportError as error:
+        raise _package_missing(model_path, error) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StructError) as error:
         raise InputError(f"{model_path}: no tokenizer can be loaded ({_first_line(error)}); add its files") from error
     except Exception as error:
         # The Rust tokenizers raise a bare Exception for a damaged tokenizer.json.
         if type(error) is not Exception:
             raise
-        raise InputError(f"{model_path}: its tokenizer is damaged ({_first_line(error)}); copy it anew") from error
+        raise InputError(f"{model_path}: its tokenizer is damaged ({_first_line(error)}); copy it again") from error
     # Some kinds of tokenizer load without any files, and then have nothing but their special tokens.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"{model_path}: its tokenizer has no tokens; add tokenizer.json or the vocabulary files")
@@ -224,14 +230,14 @@ def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrained
 
 
 def load_config(model_path: str, cache_dir: Path | None = None) -> Any:
-    """The model's config, without its weights; raises InputError where there is none or it is no causal LM's."""
+    """The model's config, without its weights; raises InputError where there is none or it is not a causal LM's."""
     source = find_source(model_path, cache_dir)
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(source.base, cache_dir=cache_dir, **source.keywords)
     except ImportError as error:
         raise _package_missing(model_path, error) from error
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError, StructError) as error:
         raise InputError(f"{model_path}: no model config can be loaded ({_first_line(error)})") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise InputError(f"{model_path}: is a {config.model_type} model, not a causal LM; give a decoder-only LM")
@@ -318,37 +324,48 @@ def load_lm(
     weights_dtype = ("float32" if where.type == "cpu" else "auto") if dtype == "auto" else dtype
     try:
         with phase(f"loading {model_path} in {weights_dtype} onto {where}"), _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.weights,
-                **source.keywords,
-                config=config,
-                dtype=weights_dtype,
-                cache_dir=cache_dir,
-                device_map=device_map,
-                output_loading_info=True,
-            )
-            model, report = loaded
+            model, missing = _load_weights(source, config, weights_dtype, cache_dir, device_map)
     except torch.OutOfMemoryError as error:
         raise InputError(f"{model_path}: does not fit into the memory of {where}; give another --device") from error
     except ImportError as error:
         raise _package_missing(model_path, error) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(
-            f"{model_path}: no weights can be loaded ({_first_line(error)}); copy the model anew"
+            f"{model_path}: no weights can be loaded ({_first_line(error)}); copy the model again"
         ) from error
     except UnpicklingError as error:
-        raise InputError(f"{model_path}: its weights are damaged, or more than weights; copy them anew") from error
+        raise InputError(f"{model_path}: its weights are damaged, or more than weights; copy them again") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise InputError(f"{model_path}: its weights are damaged ({_first_line(error)}); copy them anew") from error
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"{model_path}: {len(missing)} weights are missing, {missing[0]} the first; copy the model anew"
-        )
+        raise InputError(f"{model_path}: its weights are damaged ({_first_line(error)}); copy them again") from error
+    if missing:
+        raise InputError(f"{model_path}: {len(missing)} weights are missing, {min(missing)} the first; copy the model again")
     lm = CausalLM((model.to(where) if device_map is None else model).eval(), model_path)
     _require_causal(lm)
     return lm
+
+
+def _load_weights(
+    source: ModelSource, config: Any, dtype: str, cache_dir: Path | None, device_map: str | None
+) -> tuple[Any, set[str]]:
+    """The model, and the names of its weights that are in none of its files."""
+    # An adapter is loaded after its base: loaded with it, what its base lacks would not be reported.
+    keywords = {"adapter_kwargs": {"subfolder": "no adapter"}} if source.adapter_config else {}
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source.base,
+        **source.keywords,
+        **keywords,
+        config=config,
+        dtype=dtype,
+        cache_dir=cache_dir,
+        device_map=device_map,
+        output_loading_info=True,
+    )
+    missing = set(report["missing_keys"])
+    if source.adapter_config:
+        missing |= model.load_adapter(source.weights, adapter_kwargs={"cache_dir": cache_dir}).missing_keys
+    return model, missing
 
 
 @torch.inference_mode()
@@ -382,15 +399,16 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _require_model_folder(model_path: str) -> None:
-    path = Path(model_path)
+def _require_model_folder(model_path: str, where: str | None = None) -> None:
+    """where: what the message begins with, None: the path."""
+    path, where = Path(model_path), where or model_path
     if path.is_file():
-        raise InputError(f"{model_path}: is a file; give the folder of a model, or its hub name")
+        raise InputError(f"{where}: is a file; give the folder of a model, or its hub name")
     looks_local = path.is_absolute() or model_path.startswith((".", "~")) or model_path.count("/") > 1
     # `models/foo` beside a folder `models` is a mistyped path rather than an organisation on the hub.
     looks_local |= "/" in model_path and path.parent.is_dir()
     if looks_local and not path.is_dir():
-        raise InputError(f"{model_path}: does not exist; give the folder of a model, or its hub name")
+        raise InputError(f"{where}: does not exist; give the folder of a model, or its hub name")
 
 
 def _first_line(error: Exception) -> str:

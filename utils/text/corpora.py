@@ -214,7 +214,7 @@ def _json_lines(lines: Iterable[str], name: str, text_column: str) -> Iterator[P
             entry = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)
-            raise InputError(f"{where} is not whole JSON ({reason}); expected one JSON object a line") from error
+            raise InputError(f"{where} is not valid JSON ({reason}); expected one JSON object a line") from error
         yield _passage(entry, where, text_column)
 
 

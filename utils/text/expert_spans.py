@@ -252,7 +252,7 @@ def read_expert_spans(folder: Path, results: dict[str, object]) -> ExpertSpans:
         raise InputError(f"{path}: is not what stage 2 wrote; delete it and run stage 2 again")
     rows = list(iter_json_list(path))
     if not all(isinstance(row, list) and len(row) == 4 and all(type(n) is int for n in row) for row in rows):
-        raise InputError(f"{path}: is no list of [window, first, end, span]; delete it and run stage 2 again")
+        raise InputError(f"{path}: is not a list of [window, first, end, span]; delete it and run stage 2 again")
     try:
         spans = ExpertSpans.of_rows(np.array(rows, dtype=np.int64).reshape(-1, 4))
         is_sound = spans.is_sound

@@ -94,7 +94,7 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"{error.msg} at line {first_line + error.lineno - 1}, column {error.colno}"
-        raise InputError(f"{path}: is not whole JSON ({place}); expected {LAYOUTS}") from error
+        raise InputError(f"{path}: is not valid JSON ({place}); expected {LAYOUTS}") from error
     except (RecursionError, ValueError) as error:
         raise InputError(f"{path}: JSON that cannot be read ({error}); expected {LAYOUTS}") from error
 
@@ -121,7 +121,7 @@ def _require_unicode(text: str, where: str) -> None:
     except UnicodeEncodeError as error:
         character = ascii(text[error.start])
         raise InputError(
-            f"{where} holds {character}, half of a surrogate pair, which is no character; mend it"
+            f"{where} holds {character}, half of a surrogate pair, which is no character; remove it"
         ) from error
 
 
