@@ -69,6 +69,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="threshold accepts iff similarity >= θ; bernoulli with probability (s - η) / (1 - η), η = 2θ - 1",
     )
     parser.add_argument(
+        "--min_first_token_prob",
+        type=Range(float, least=0, most=1),
+        default=0.0,
+        help="δ in [0, 1]: accept a chunk only where the LM gives its first token at least this share of what it gives"
+        " its likeliest token; 0, the paper's rule, does not ask the LM",
+    )
+    parser.add_argument(
         "--q_max",
         type=Range(float, above=0, below=1),
         default=0.999,
@@ -140,18 +147,24 @@ def refuse_idle_flags(parser: StageParser, args: argparse.Namespace) -> None:
     if not (args.perplexity_file or args.fit_acceptance):
         names = ("sweep_similarity_threshold", "perplexity_window", "max_windows", "perplexity_batch_size", "no_bos")
         parser.refuse_flags(args, names, "is about texts, so it needs --perplexity_file or --fit_acceptance")
+    if args.gen_baseline_only:
+        parser.refuse_flags(args, ("decoding",), "says nothing with --gen_baseline_only, which proposes nothing")
     if args.decoding == "chunk" or args.gen_baseline_only:
         names = ("draft_shape", "max_draft_tokens", "draft_neighbors", "draft_temperature", "live", "draft_growth")
         parser.refuse_flags(args, names, "is about drafts, so it needs --decoding verify")
+    if args.gen_baseline_only or (args.decoding == "verify" and not (args.perplexity_file or args.fit_acceptance)):
+        names = ("min_first_token_prob", "acceptance", "q_max", "acceptance_map", "sweep_similarity_threshold")
+        parser.refuse_flags(args, names, "is about the acceptance of chunks, of which there is none here")
     if args.temperature == 0:
         parser.refuse_flags(args, ("top_k", "top_p"), "says nothing at --temperature 0, which draws nothing")
-        if args.num_return_sequences > 1:
+        accepts_at_random = args.acceptance == "bernoulli" and args.decoding == "chunk"
+        if args.num_return_sequences > 1 and not accepts_at_random:
             parser.error("--num_return_sequences: at --temperature 0 all texts of a prompt are the same")
     if not args.exclude_huge_token_tries:
         parser.refuse_flags(args, ("huge_trie_rows",), "says nothing without --exclude_huge_token_tries")
     if not args.prompt_file:
         names = ("prompt_template", "chat", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size")
-        names += ("cuda_graphs", "stream", "compare_baseline", "num_return_sequences", "overwrite")
+        names += ("decoding", "cuda_graphs", "stream", "compare_baseline", "num_return_sequences", "overwrite")
         parser.refuse_flags(args, names, "is about generation, so it needs --prompt_file")
 
 
@@ -296,7 +309,7 @@ def settings_of(
         model=runner.ModelSettings(args.model_path, args.cache_dir, args.device, args.dtype, args.threads),
         datastore=datastore,
         acceptance=runner.AcceptanceSettings(
-            args.similarity_threshold, args.acceptance, args.q_max, args.acceptance_map
+            args.similarity_threshold, args.acceptance, args.q_max, args.acceptance_map, args.min_first_token_prob
         ),
         generation=generation,
         texts=texts,

@@ -56,9 +56,11 @@ Models (folders or Hugging Face hub names, with the same tokenizer)
   --model_ds PATH            chooses the chunks (default: --model_gen; with neither: examples/models/large)
   --device NAME              torch device (default: CUDA if there is one)
   --dtype NAME               auto, float32, bfloat16 or float16 (default: auto)
+  --threads N                that torch computes with (default: what is fastest on a CPU, see eval.py)
   --cache_dir DIR            for downloads from the Hugging Face hub (default: the hub's own)
 Datastore
-  --tok_prob_threshold γ     in [0, 1): a token that --model_ds gave a higher probability belongs to a chunk (default: $tok_prob_threshold)
+  --tok_prob_threshold γ     in [0, 1): a token that --model_ds gave a higher probability belongs to a chunk
+                             (default: $tok_prob_threshold)
   --chunk_source NAME        probability; expert: spans marked in the text; or both (default: probability)
   --chunk_size N, --stride N, --min_length N          windows of stage 2, in tokens (default: its own)
   --max_chunk_length N, --skip_first_tokens N         chunks of stage 3, in tokens (default: its own)
@@ -68,6 +70,8 @@ Generation
   --prompt_template TEXT     put around each prompt, which {prompt} in it stands for (default: none)
   --chat                     wrap prompts in the tokenizer's chat template
   --similarity_threshold θ   in [-1, 1]: cosine similarity from which a chunk is accepted (default: $similarity_threshold)
+  --min_first_token_prob δ   in [0, 1]: share of the LM's likeliest token that the LM must give a chunk's first token
+                             (default: 0, which does not ask the LM)
   --acceptance NAME          threshold or bernoulli (default: threshold)
   --max_new_tokens N         per prompt (default: $max_new_tokens)
   --temperature T            of the model's tokens; 0 is greedy (default: $temperature)
@@ -121,12 +125,14 @@ parse_flags() {
         --prompt_file) prompt_file=$value ;;
         --text_column | --max_passages | --validation_fraction | --test_fraction) data_flags+=("$1" "$value") ;;
         --cache_dir) cache_flags=("$1" "$value") ;;
-        --device | --dtype) model_flags+=("$1" "$value") ;;
+        --device | --dtype | --threads) model_flags+=("$1" "$value") ;;
         --chunk_size | --stride | --min_length) window_flags+=("$1" "$value") ;;
         --max_chunk_length | --skip_first_tokens) chunk_flags+=("$1" "$value") ;;
         --chunk_source) chunk_source=$value ;;
         --max_workers) trie_flags+=("$1" "$value") ;;
-        --prompt_template | --acceptance | --top_k | --top_p | --seed | --report) eval_flags+=("$1" "$value") ;;
+        --prompt_template | --min_first_token_prob | --acceptance | --top_k | --top_p | --seed | --report)
+            eval_flags+=("$1" "$value")
+            ;;
         --input_files) ;;
         *) refuse "unknown flag '$1' (see --help)" ;;
         esac
@@ -178,7 +184,7 @@ fill_in() {
     local model
     for model in "$model_ds" "$model_gen"; do
         # org/name may be on the hub; anything else with a slash is a path.
-        if [[ ! -d $model && ($model == [./~]* || $model == */*/*) ]]; then
+        if [[ ! -d $model && ! ($model == *.gguf && -f $model) && ($model == [./~]* || $model == */*/*) ]]; then
             refuse "$model: is no folder; give the folder of a model, or its hub name"
         fi
     done

@@ -11,6 +11,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ STYLE: Any = {
 WIDTH, HEIGHT = 4.2, 3.0  # inches, of one panel
 
 # A row of the table of efficiency, as it is named there.
-SETTING = re.compile(r"γ (\S+), θ (\S+)")
+SETTING = re.compile(r"(γ \S+), θ ([^\s,]+)(, δ \S+)?")
 BUILD_STAGES = {"stage 3": "3, chunks", "stage 4": "4, context vectors", "flattening": "5, flattening"}
 
 Point = tuple[float, float, float, float]  # place, value, lower, upper
@@ -223,12 +224,12 @@ def draw_summary(document: Mapping[str, Any]) -> "Figure":
 
 
 def draw_efficiency(document: Mapping[str, Any]) -> "Figure":
-    """FPS, TTS and how like the baseline the text is against θ, for each γ; mean over seeds with 95% intervals."""
+    """FPS, TTS and how like the baseline the text is against θ, for each γ and δ; mean over seeds with 95% intervals."""
     rows = document["results"]["rows"]
-    by_gamma: dict[str, dict[float, Any]] = {}
+    curves: dict[str, dict[float, Any]] = {}
     for name, row in rows.items():
         if setting := SETTING.fullmatch(name):
-            by_gamma.setdefault(setting[1], {})[float(setting[2])] = row
+            curves.setdefault(setting[1] + (setting[3] or ""), {})[float(setting[2])] = row
     figure, axes = panels(3, width=3.4)
     columns = (
         ("fps", 100.0, "forward passes saved (%)"),
@@ -236,12 +237,12 @@ def draw_efficiency(document: Mapping[str, Any]) -> "Figure":
         ("rouge_l", 1.0, "ROUGE-L with the plain text"),
     )
     for panel, (key, scale, label) in zip(axes, columns, strict=True):
-        for (gamma, by_theta), colour in zip(sorted(by_gamma.items()), COLOURS, strict=False):
+        for (chosen, by_theta), colour in zip(sorted(curves.items()), cycle(COLOURS), strict=False):
             points = [
                 (theta, *(scale * row[key][end] for end in ("value", "lower", "upper")))
                 for theta, row in by_theta.items()
             ]
-            curve(panel, points, f"chunks at γ = {gamma}", colour)
+            curve(panel, points, f"chunks at {chosen}", colour)
         if key == "rouge_l":
             level(panel, rows["baseline, next seed"][key]["value"], "", INK)
         else:

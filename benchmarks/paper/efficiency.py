@@ -8,7 +8,9 @@ TTS       1 - seconds per new token / the baseline's, prompt and retrieval inclu
 ROUGE-L   F1 of the longest common subsequence of words with the baseline's text of the same prompt and seed, mean over
           prompts; "baseline, next seed" is how alike two samples of the model itself are
 perplexity   of the new tokens under the base LM, exp(total nats / total tokens), and its ratio to the baseline's
+repeated     mean share of a text's 4-grams of tokens that stand earlier in it
 
+δ is the least probability of a chunk's first token under the LM, relative to its likeliest token's; 0 is the paper's rule.
 Each figure is of one seed's texts; the mean over seeds is printed with Student's 95% interval.
 
 Run     python benchmarks/paper/efficiency.py --output efficiency.json
@@ -16,7 +18,7 @@ Run     python benchmarks/paper/efficiency.py --output efficiency.json
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +42,7 @@ from benchmarks.paper.generating import (
     open_whole,
     perplexity_under,
     prompt_file_of,
+    repeated_ngrams,
     seconds_per_token,
     share_from_chunks,
 )
@@ -63,6 +66,7 @@ HEADER = (
     "ROUGE-L",
     "perplexity",
     "to baseline",
+    "repeated %",
     "from chunks %",
     "chunk length",
     "accepted %",
@@ -74,6 +78,7 @@ COLUMNS = {
     "rouge_l": (1.0, 3),
     "perplexity": (1.0, 2),
     "perplexity_ratio": (1.0, 3),
+    "repeated": (100.0, 1),
     "from_chunks": (100.0, 1),
     "chunk_length": (1.0, 2),
     "accepted": (100.0, 1),
@@ -102,6 +107,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="θ",
         help="cosine similarities from which a chunk is accepted",
     )
+    parser.add_argument(
+        "--min_first_token_probs",
+        type=Range(float, least=0, most=1),
+        nargs="+",
+        default=[0.0],
+        metavar="δ",
+        help="shares of the LM's likeliest token that a chunk's first token needs",
+    )
     parser.add_argument("--output", type=Path, help="JSON file of all results")
     return parser.parse_args(argv)
 
@@ -117,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         gamma: open_whole(text.tries(gamma, skip_first_tokens=SKIP_FIRST_TOKENS), asking.lm)
         for gamma in sorted(set(args.tok_prob_thresholds), reverse=True)
     }
-    generations = asking.generate({BASELINE: asking.decoding} | ways(asking, datastores, args.similarity_thresholds))
+    generations = asking.generate({BASELINE: asking.decoding} | ways(asking, datastores))
     rows = figures(asking, generations)
     print(table(HEADER, [cells(name, row, COLUMNS) for name, row in rows.items()]))
     n_rows = {f"{gamma:g}": sum(datastore.n_rows.values()) for gamma, datastore in datastores.items()}
@@ -139,7 +152,7 @@ def answers(args: argparse.Namespace, work: Work) -> Work:
     # The prompts that are asked again, not what the file holds beyond them.
     prompts = make_folder(work.folder / "scd") / "prompts.json"
     write_json(prompts, [prompt.text for prompt in read_prompts(prompt_file_of(args, work))[: args.n_prompts]])
-    flags += ["--prompt_file", prompts, "--num_return_sequences", args.n_answers]
+    flags += ["--prompt_file", prompts, "--num_return_sequences", args.n_answers, *(["--chat"] if args.chat else [])]
     flags += ["--max_new_tokens", args.max_new_tokens, "--temperature", args.temperature, "--batch_size", 8]
     flags += ["--seed", max(args.seeds) + 1, "--save_dir", work.folder / "scd" / "answers", "--overwrite"]
     run_stage("eval.py", *flags, "--save_as_corpus", corpus)
@@ -147,14 +160,16 @@ def answers(args: argparse.Namespace, work: Work) -> Work:
     return replace(work.of_text(corpus, name), dataset="answers", partition="train", window_flags=("--min_length", "1"))
 
 
-def ways(
-    asking: Asking, datastores: dict[float, Datastore], thresholds: Sequence[float]
-) -> dict[str, Callable[[], Decoding]]:
-    """Chunk mode at each γ and θ."""
+def ways(asking: Asking, datastores: dict[float, Datastore]) -> dict[str, Callable[[], Decoding]]:
+    """Chunk mode at each γ, δ and θ."""
+    args = asking.args
     return {
-        f"γ {gamma:g}, θ {threshold:g}": partial(asking.chunk_mode, datastore, threshold)
+        (f"γ {gamma:g}, θ {threshold:g}" + (f", δ {least:g}" if least else "")): partial(
+            asking.chunk_mode, datastore, threshold, least
+        )
         for gamma, datastore in datastores.items()
-        for threshold in sorted(set(thresholds))
+        for least in sorted(set(args.min_first_token_probs))
+        for threshold in sorted(set(args.similarity_thresholds))
     }
 
 
@@ -176,7 +191,8 @@ def figures(asking: Asking, generations: Generations) -> dict[str, dict[str, Ove
 
 
 def of_seed(asking: Asking, texts: list[Generation], baseline: list[Generation], name: str) -> dict[str, float]:
-    found = {"perplexity": perplexity_under(asking.lm, texts), "tokens_per_second": 1 / seconds_per_token(texts)}
+    found = {"perplexity": perplexity_under(asking.lm, texts), "repeated": repeated_ngrams(texts)}
+    found |= {"tokens_per_second": 1 / seconds_per_token(texts)}
     if name == BASELINE:
         return found
     chunks = [chunk for each in texts for chunk in each.chunks]

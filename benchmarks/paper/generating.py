@@ -40,6 +40,7 @@ def add_generation(parser: Parser, *, temperature: float, max_new_tokens: int = 
     default = "examples/prompts.json for python-docs, else cut from the test split"
     group.add_argument("--prompt_file", type=Path, help=f"prompts, as eval.py reads them (default: {default})")
     group.add_argument("--n_prompts", type=POSITIVE_INT, default=16, help="prompts, at most")
+    group.add_argument("--chat", action="store_true", help="wrap prompts in the tokenizer's chat template")
     group.add_argument("--max_new_tokens", type=POSITIVE_INT, default=max_new_tokens, help="tokens of each, at most")
     group.add_argument(
         "--temperature", type=Range(float, least=0), default=temperature, help="of the LM's tokens; 0 is greedy"
@@ -111,7 +112,7 @@ class Asking:
         require_seeds(args.seeds)
         prompts = read_prompts(prompt_file_of(args, work))[: args.n_prompts]
         tokenizer = load_tokenizer(work.model_gen, args.cache_dir)
-        encoded = encode_prompts(prompts, tokenizer)
+        encoded = encode_prompts(prompts, tokenizer, chat=args.chat)
         n_positions = max_positions(load_config(work.model_gen, args.cache_dir))
         require_room(prompts, encoded, tokenizer, n_positions, args.max_new_tokens)
         return cls(load_lm(work.model_gen, args.device, args.dtype, args.cache_dir), tokenizer, encoded, args)
@@ -124,9 +125,12 @@ class Asking:
             sampler, eos_token_ids(self.lm.model.generation_config, self.tokenizer), batch_size=args.prompt_batch_size
         )
 
-    def chunk_mode(self, datastore: Datastore, similarity_threshold: float) -> Decoding:
-        """With chunks that are accepted from a similarity on."""
-        return replace(self.decoding(), retriever=Retriever(datastore, Acceptance(similarity_threshold)))
+    def chunk_mode(
+        self, datastore: Datastore, similarity_threshold: float, min_first_token_prob: float = 0.0
+    ) -> Decoding:
+        """With chunks that are accepted from a similarity on, and where the LM gives their first token enough."""
+        acceptance = Acceptance(similarity_threshold, min_first_token_prob=min_first_token_prob)
+        return replace(self.decoding(), retriever=Retriever(datastore, acceptance))
 
     def generate(self, ways: Mapping[str, Callable[[], Decoding]]) -> Generations:
         """Go on from every prompt in every way, a batch at a time, the order of the ways reversed from batch to batch.
@@ -184,6 +188,16 @@ def seconds_per_token(generations: Sequence[Generation]) -> float:
 def share_from_chunks(generations: Sequence[Generation]) -> float:
     """Share of the new tokens that chunks brought."""
     return sum(len(chunk.token_ids) for each in generations for chunk in each.chunks) / n_new(generations)
+
+
+def repeated_ngrams(generations: Sequence[Generation], n: int = 4) -> float:
+    """Mean share of a text's n-grams of new tokens that stand earlier in it; texts that are too short count as 0."""
+    shares = []
+    for each in generations:
+        ids = each.new_token_ids
+        ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+        shares.append(1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0)
+    return float(np.mean(shares))
 
 
 def perplexity_under(lm: CausalLM, generations: Sequence[Generation]) -> float:

@@ -16,6 +16,7 @@ from benchmarks.paper.generating import (
     figures_over_seeds,
     forward_passes_saved,
     over_seeds,
+    repeated_ngrams,
     require_seeds,
 )
 from benchmarks.paper.rouge import rouge_l, words
@@ -125,15 +126,28 @@ def test_only_chunks_take_a_text_away_from_the_lms_distribution(asking: Asking) 
 
 
 def test_efficiency_is_compared_with_the_baseline_of_the_same_seed(asking: Asking) -> None:
-    datastore = datastore_near_text(asking.lm, asking.prompts, 8)
-    ways = {BASELINE: asking.decoding} | efficiency.ways(asking, {0.5: datastore}, [1.0, -1.0])
+    datastore = datastore_near_text(asking.lm, asking.prompts, 8, wrong=True)
+    vars(asking.args).update(similarity_thresholds=[1.0, -1.0], min_first_token_probs=[0.0, 1.0])
+    ways = {BASELINE: asking.decoding} | efficiency.ways(asking, {0.5: datastore})
     rows = efficiency.figures(asking, asking.generate(ways))
-    assert list(rows) == [BASELINE, efficiency.OTHER_SEED, "γ 0.5, θ -1", "γ 0.5, θ 1"]
+    gated = ["γ 0.5, θ -1, δ 1", "γ 0.5, θ 1, δ 1"]
+    assert list(rows) == [BASELINE, efficiency.OTHER_SEED, "γ 0.5, θ -1", "γ 0.5, θ 1", *gated]
     assert (rows["γ 0.5, θ 1"]["rouge_l"].value, rows["γ 0.5, θ 1"]["fps"].value) == (1, 0)
     assert rows["γ 0.5, θ 1"]["perplexity"] == rows[BASELINE]["perplexity"]
     assert rows[efficiency.OTHER_SEED]["rouge_l"].value < 1
     assert rows["γ 0.5, θ -1"]["fps"].value > 0
     assert rows["γ 0.5, θ -1"]["chunk_length"].value > 1
+    assert rows["γ 0.5, θ -1, δ 1"]["accepted"].value < rows["γ 0.5, θ -1"]["accepted"].value == 1
+    assert rows["γ 0.5, θ -1, δ 1"]["perplexity"].value < rows["γ 0.5, θ -1"]["perplexity"].value
+
+
+def test_repeated_ngrams_are_those_that_stand_earlier_in_the_text() -> None:
+    def of(*token_ids: int) -> Generation:
+        return Generation(0, [9, 9, 9, 9, 9], list(token_ids), [], GenerationStats(1, 1.0, 1.0, 0.0))
+
+    assert repeated_ngrams([of(*[7] * 13)]) == 0.9
+    assert repeated_ngrams([of(1, 2, 3, 4, 5, 1, 2, 3, 4)]) == pytest.approx(1 / 6)
+    assert repeated_ngrams([of(1, 2, 3), of(*range(20))]) == 0
 
 
 # ---- Datastores

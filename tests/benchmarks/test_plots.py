@@ -65,6 +65,7 @@ DOCUMENTS: dict[str, Any] = {
                 "baseline, next seed": {"rouge_l": over_seeds(0.2)},
                 "γ 0.3, θ 0.7": SEED_ROW,
                 "γ 0.3, θ 0.9": SEED_ROW,
+                "γ 0.3, θ 0.9, δ 0.1": SEED_ROW,
             },
         }
     },
@@ -85,7 +86,13 @@ DOCUMENTS: dict[str, Any] = {
 SHOWN = {
     "perplexity": ("12,345 tokens of test.json", "LM alone, 50.00", "fitted map, 48.25", "best constant q, 49.50"),
     "summary": ("forward passes saved (%)", "time per token saved (%)"),
-    "efficiency": ("forward passes saved (%)", "time per token saved (%)", "ROUGE-L", "chunks at γ = 0.3"),
+    "efficiency": (
+        "forward passes saved (%)",
+        "time per token saved (%)",
+        "ROUGE-L",
+        "chunks at γ 0.3",
+        "chunks at γ 0.3, δ 0.1",
+    ),
     "sensitivity": ("2.00", "1.50", "0.92", "fitted", "41", "17", "γ"),
     "build": ("tokens/s", "4, context vectors"),
     "retrieval": ("768 dimensions", "rows of a token trie", "exact search here"),

@@ -309,6 +309,7 @@ def test_text_view_names_every_token(
     shown = inspect(tmp_path / "tries", "--text", "the cat sat on the", "--model_path", gpt2_folder)
     lines = shown.splitlines()
     assert lines[1].split("  ")[0] == ""
-    assert [line.split()[0] for line in lines[2:-2]] == [str(n) for n in range(len(lines) - 4)]
-    assert "at its end" in lines[-3]
-    assert f"of {len(lines) - 4} tokens have a proposal" in lines[-1]
+    assert [line.split()[0] for line in lines[2:-3]] == [str(n) for n in range(len(lines) - 5)]
+    assert "at its end" in lines[-4]
+    assert f"of {len(lines) - 5} tokens have a proposal" in lines[-2]
+    assert lines[-1].startswith("first token: the probability")

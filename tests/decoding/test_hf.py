@@ -56,9 +56,8 @@ def test_verified_text_equals_generate_for_padding_and_processors(store):
         "draft_settings": DraftSettings(max_tokens=6),
     }
     got = LM.model.generate(batch, **how, **drafts)
-    for row, prompt in zip(got, PROMPTS, strict=True):
-        alone = LM.model.generate(torch.tensor([prompt]), **{key: how[key] for key in how if key != "attention_mask"})
-        assert row[longest:].tolist() == alone[0][len(prompt) :].tolist()
+    # Not with each prompt alone: in some versions processors see the padding.
+    assert torch.equal(got, LM.model.generate(batch, **how))
 
 
 def test_chunks_at_or_above_the_threshold_are_emitted(store):
@@ -74,6 +73,17 @@ def test_chunks_at_or_above_the_threshold_are_emitted(store):
     assert len(n_read) < 16
     got = LM.model.generate(PROMPT, similarity_threshold=1.0, **how)
     assert torch.equal(got, LM.model.generate(PROMPT, do_sample=False, max_new_tokens=16))
+
+
+def test_the_gate_lets_no_chunk_in_that_the_lm_would_not_begin():
+    wrong = datastore_near_text(LM, PROMPTS, 20, wrong=True)
+    how = {"custom_generate": chunk_generate, "datastore": wrong, "do_sample": False, "max_new_tokens": 16}
+    got = LM.model.generate(PROMPT, similarity_threshold=-1.0, min_first_token_prob=1.0, **how)
+    without = LM.model.generate(PROMPT, similarity_threshold=-1.0, **how)
+    assert not torch.equal(got, without)
+    first = PROMPT.shape[1]
+    # Greedy, and every chunk begins with the likeliest token: the first new token is the plain one.
+    assert got[0, first] == LM.model.generate(PROMPT, do_sample=False, max_new_tokens=1)[0, first]
 
 
 class AfterToken(StoppingCriteria):
@@ -129,6 +139,7 @@ def test_the_torch_seed_decides_samples_and_return_sequences_differ():
         ({"acceptance": "always"}, "acceptance is 'always'; expected 'threshold' or 'bernoulli'"),
         ({"similarity_threshold": 1.5}, "similarity_threshold is 1.5; expected a cosine similarity"),
         ({"similarity_threshold": float("nan")}, "similarity_threshold is nan"),
+        ({"min_first_token_prob": -0.1}, "min_first_token_prob is -0.1; expected a share"),
         ({"guidance_scale": 2.0}, "UnbatchedClassifierFreeGuidanceLogitsProcessor keeps a state"),
     ],
 )

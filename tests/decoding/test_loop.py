@@ -19,6 +19,7 @@ from utils.files import InputError
 from utils.lm.kv_cache import SlotKVCache
 from utils.lm.model import CausalLM
 from utils.lm.sampling import Sampler
+from utils.lm.scoring import relative_probs
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,15 @@ def lm() -> CausalLM:
     return tiny_lm("gpt2")
 
 
-def naive(lm: CausalLM, prompt: list[int], n_new: int, store: Datastore, theta: float, eos: frozenset[int] = NO_EOS):
+def naive(
+    lm: CausalLM,
+    prompt: list[int],
+    n_new: int,
+    store: Datastore,
+    theta: float,
+    eos: frozenset[int] = NO_EOS,
+    delta: float = 0.0,
+):
     """Recomputes the whole text for every step and looks at every row of every trie in Python."""
     text, n_forward = list(prompt), 0
     chunks: list[tuple[int, list[int]]] = []
@@ -43,7 +52,9 @@ def naive(lm: CausalLM, prompt: list[int], n_new: int, store: Datastore, theta: 
                 similarity = float(query @ vector / query.norm())
                 if similarity > best:
                     best, found = similarity, token_trie.chunk(row)
-            emitted = found if found and best >= theta and theta < 1 else [int(logits[0, -1].argmax())]
+            probs = logits[0, -1].double().softmax(-1)
+            accepted = found and best >= theta and theta < 1 and float(probs[found[0]]) >= delta * float(probs.max())
+            emitted = found if found and accepted else [int(logits[0, -1].argmax())]
             kept: list[int] = []
             for token in emitted:
                 if len(text) + len(kept) - len(prompt) < n_new:
@@ -72,6 +83,51 @@ def test_chunk_mode_equals_a_naive_decoder_token_for_token(lm, theta, batch_size
     assert any(generation.chunks for generation in got) == (theta < 1)
 
 
+def pretend_on_device(store: Datastore) -> None:
+    """Let searches go as if the rows were on a device."""
+    for entry in store.n_rows:
+        token_trie = store.trie(entry)
+        assert token_trie is not None
+        token_trie.index._array = None
+
+
+@pytest.mark.parametrize("prefetch_all", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("delta", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_gate_equals_a_naive_decoder_token_for_token(lm, delta, batch_size, prefetch_all, on_device):
+    store = datastore_near_text(lm, PROMPTS, 20, wrong=True)
+    if on_device:
+        pretend_on_device(store)
+    retriever = Retriever(store, Acceptance(0.5, min_first_token_prob=delta))
+    got = generate(lm, PROMPTS, 25, retriever, batch_size, prefetch_all=prefetch_all)
+    for generation, prompt in zip(got, PROMPTS, strict=True):
+        tokens, chunks, n_forward = naive(lm, prompt, 25, store, 0.5, delta=delta)
+        assert generation.new_token_ids == tokens
+        assert generation.stats.forward_passes == n_forward
+        assert [(chunk.position, chunk.token_ids) for chunk in generation.chunks] == chunks
+    without = generate(lm, PROMPTS, 25, Retriever(store, Acceptance(0.5)), batch_size)
+    n_chunks = [sum(len(generation.chunks) for generation in each) for each in (got, without)]
+    assert n_chunks[0] < n_chunks[1]
+
+
+def test_a_newline_that_proposes_itself_for_ever_is_stopped_by_the_lm(lm):
+    """The datastore has nothing but chunks of one token after itself, which are similar enough to every hidden state."""
+    with torch.inference_mode():
+        probs = [
+            relative_probs(lm.forward(torch.tensor([[5, 6, v]]))[1][0, -1:], torch.tensor([v])) for v in range(100)
+        ]
+    newline, vectors = int(torch.cat(probs).argmin()), np.eye(32)
+    store = Datastore.of([trie(newline, [(vector, [newline] * 8) for vector in [*vectors, *-vectors]])], 32)
+    prompt = [5, 6, newline]
+    (looping,) = generate(lm, [prompt], 24, Retriever(store, Acceptance(-1.0)))
+    assert looping.new_token_ids == [newline] * 24
+    (plain,) = generate(lm, [prompt], 24)
+    (gated,) = generate(lm, [prompt], 24, Retriever(store, Acceptance(-1.0, min_first_token_prob=0.3)))
+    assert gated.new_token_ids != looping.new_token_ids
+    assert plain.new_token_ids != looping.new_token_ids
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_trace_holds_every_step_and_every_proposal(lm, batch_size):
     store = datastore_near_text(lm, PROMPTS, 20)
@@ -84,7 +140,7 @@ def test_the_trace_holds_every_step_and_every_proposal(lm, batch_size):
         while ends[-1] < len(generation.token_ids):
             ends.append(ends[-1] + lengths.get(ends[-1], 1))
         assert [step.n_tokens for step in steps] == ends
-        assert [position for position, _, _ in proposals] == [
+        assert [found.position for found in proposals] == [
             end for end in ends[:-1] if generation.token_ids[end - 1] in store.n_rows
         ]
         assert [(found.position, found.similarity) for found in proposals if found.similarity >= 0.95] == [
@@ -108,10 +164,7 @@ def test_prefetching_from_a_device_changes_no_text(lm, theta, temperature):
         return {generation.index: generation.new_token_ids for generation in decode(lm, requests, how)}
 
     wanted = texts(prefetch_all=False)
-    for entry in store.n_rows:
-        token_trie = store.trie(entry)
-        assert token_trie is not None
-        token_trie.index._array = None  # as if the rows were on a device
+    pretend_on_device(store)
     assert texts(prefetch_all=False) == texts(prefetch_all=True) == wanted
 
 

@@ -18,10 +18,14 @@ from utils.decoding.types import Request
 ROWS = [(np.array([0.6, 0.8]), [1]), (np.array([1.0, 0.0]), [2, 3]), (np.array([0.8, 0.6]), [4])]
 
 
+# Under them, tokens 1, 2 and 4 are 1/2, 1/4 and 1 times as likely as the likeliest.
+LOGITS = torch.log(torch.tensor([0.1, 0.2, 0.1, 0.2, 0.4]))
+
+
 def proposed(retriever: Retriever, hidden_state: torch.Tensor, uniform: float = 0.0) -> Proposal:
-    search = retriever.start_search(7, hidden_state)
+    search = retriever.start_search(7, hidden_state, LOGITS)
     assert search is not None
-    assert search.pending is None
+    assert not search.is_pending
     return retriever.proposal(search, None, uniform)
 
 
@@ -36,8 +40,8 @@ def test_the_proposal_is_the_most_similar_row_whatever_the_querys_length() -> No
 
 def test_nothing_is_searched_without_a_trie_or_at_threshold_one() -> None:
     datastore = Datastore.of([trie(7, ROWS)], 2)
-    assert Retriever(datastore, Acceptance(0.5)).start_search(8, torch.ones(2)) is None
-    assert Retriever(datastore, Acceptance(1.0)).start_search(7, torch.ones(2)) is None
+    assert Retriever(datastore, Acceptance(0.5)).start_search(8, torch.ones(2), LOGITS) is None
+    assert Retriever(datastore, Acceptance(1.0)).start_search(7, torch.ones(2), LOGITS) is None
 
 
 def test_bernoulli_accepts_a_proposal_where_the_uniform_number_is_below_g() -> None:
@@ -56,3 +60,19 @@ def test_bernoulli_accepts_as_often_as_g_says() -> None:
     requests = [Request(i, [5], 1) for i in range(2000)]
     n_accepted = sum(len(g.chunks) for g in decode(lm, requests, Decoding(GREEDY, NO_EOS, retriever, batch_size=50)))
     assert abs(n_accepted / 2000 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 2000)
+
+
+@pytest.mark.parametrize(("least", "accepted"), [(0.24, True), (0.26, False), (1.0, False)])
+def test_the_lm_has_a_say_where_the_similarity_is_high_enough(least: float, accepted: bool) -> None:
+    retriever = Retriever(Datastore.of([trie(7, ROWS)], 2), Acceptance(0.9, min_first_token_prob=least))
+    found = proposed(retriever, torch.tensor([1.0, 0.0]))
+    assert (found.token_ids, found.accepted) == ([2, 3], accepted)
+    assert found.first_token_prob == pytest.approx(0.25)
+    too_far = proposed(retriever, torch.tensor([0.0, 5.0]))
+    assert not too_far.accepted
+    assert too_far.first_token_prob is None
+
+
+def test_the_lms_likeliest_token_passes_any_gate() -> None:
+    retriever = Retriever(Datastore.of([trie(7, ROWS[2:])], 2), Acceptance(-1, min_first_token_prob=1.0))
+    assert proposed(retriever, torch.tensor([1.0, 0.0])).accepted

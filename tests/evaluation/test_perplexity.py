@@ -23,7 +23,7 @@ from utils.decoding.loop import Decoding, decode
 from utils.decoding.retriever import Retriever
 from utils.decoding.types import Request
 from utils.evaluation import perplexity
-from utils.evaluation.marginal import log_likelihoods
+from utils.evaluation.marginal import Proposals, log_likelihoods
 from utils.evaluation.perplexity import TextSize, base_figures, base_log_likelihoods, cdlm_figures, find_proposals
 from utils.lm.model import load_lm, load_tokenizer
 from utils.lm.sampling import Sampler
@@ -234,3 +234,32 @@ def test_the_bootstrap_is_the_same_in_blocks_of_any_size(n_numbers, plan_of, mon
     figures = base_figures(found, TextSize(10, 10))
     got = figures["perplexity_lower"], figures["perplexity_upper"]
     assert got == pytest.approx(tuple(np.percentile(resampled, [2.5, 97.5])), rel=1e-12)
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.5, 1.0])
+def test_the_gate_leaves_out_the_proposals_that_the_lm_rejects(delta, plan_of):
+    lm = tiny_lm("llama")
+    store = datastore_near_text(lm, PROMPTS, 20, wrong=True)
+    windows = [[*PROMPTS[2], 70, 10, 5, 15], list(range(1, 12)), [5, 6, 7, 8, 22, 15]]
+    plan = plan_of(windows)
+    every, found = (find_proposals(lm, store, plan, 2, least) for least in (0.0, delta))
+    np.testing.assert_array_equal(found.log_probs, every.log_probs)
+    at = n_left_out = 0
+    for window in windows:
+        with torch.inference_mode():
+            hidden_states, logits = lm.forward(torch.tensor([window]))
+        for i in range(len(window) - 1):
+            token_trie = store.trie(window[i])
+            if token_trie is not None:
+                row, _ = token_trie.index.nearest(hidden_states[0, i])
+                probs = logits[0, i].double().softmax(-1)
+                passes = float(probs[token_trie.chunk(row)[0]]) >= delta * float(probs.max())
+                expected = every if passes else Proposals(*(np.full(at + 1, x) for x in (0, 0, np.nan, 0, 0)))
+                np.testing.assert_array_equal(found.similarities[at], expected.similarities[at])
+                assert (found.chunk_lengths[at], found.agreeing[at]) == (
+                    expected.chunk_lengths[at],
+                    expected.agreeing[at],
+                )
+                n_left_out += not passes
+            at += 1
+    assert n_left_out

@@ -90,7 +90,7 @@ def hand_made(path: Path, n_texts: int = 1, n_tokens: int = 6, **changed: Any) -
     def rescored(generation: Generation) -> RescoredText:
         assert generation.trace is not None
         proposals = [
-            RescoredProposal(proposal, 1, [2, 3], 0, 0, [([1], 0.4), ([0, 1, 2], 0.25)])
+            RescoredProposal(proposal, 1, [2, 3], 0, 0, [([1], 0.4), ([0, 1, 2], 0.25)], 0.5)
             for proposal in generation.trace.proposals
         ]
         return RescoredText(np.full(len(generation.token_ids), -1.0), proposals)
@@ -100,6 +100,7 @@ def hand_made(path: Path, n_texts: int = 1, n_tokens: int = 6, **changed: Any) -
         "title": HOSTILE[0],
         "facts": [(HOSTILE[1], HOSTILE[2])],
         "similarity_threshold": 0.9,
+        "min_first_token_prob": 0.0,
         "policy": "threshold",
         "acceptance_map": AcceptanceMap.from_threshold(0.9, 0.999),
         "is_fitted": False,
@@ -379,7 +380,7 @@ def test_a_chunks_card_says_where_it_is_from(look, reported, way) -> None:
     wanted = data["strings"][data["rows"][chunk[2]][0]]
     if wanted.isprintable() and wanted.strip():
         assert card.locator("blockquote mark").text_content() == wanted
-    assert card.locator("li").count() == len(chunk[6]) == 3
+    assert card.locator("li").count() == len(chunk[7]) == 3
     box = card.bounding_box()
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= page.viewport_size["width"]
@@ -586,11 +587,11 @@ def write_large(path: Path, words: list[str], n_texts: int = 200, n_tokens: int 
             window, place = i % n_windows, i // n_windows % (N_WINDOW_TOKENS - 4)
             entry, *chunk = (window_token(window, place + ahead, n_words) for ahead in range(4))
             rivals = [([i * k % n_words, i % 7], 0.5) for k in (3, 5, 7)]
-            found.append(RescoredProposal(record._replace(row=i), entry, chunk, window, place, rivals))
+            found.append(RescoredProposal(record._replace(row=i), entry, chunk, window, place, rivals, 0.5))
         return RescoredText(np.full(len(generation.token_ids), -1.0), found)
 
     trie_folder = write_windows(path.parent, n_windows, n_words)
     run = ReportRun(
-        RUN, "large", [], 0.9, "threshold", AcceptanceMap.from_threshold(0.9, 0.999), False, "x", trie_folder
+        RUN, "large", [], 0.9, 0.0, "threshold", AcceptanceMap.from_threshold(0.9, 0.999), False, "x", trie_folder
     )
     write_report(path, run, {"runs": {}}, texts(), decode, rescored)

@@ -238,20 +238,22 @@ def text_lines(
     lm = load_lm(args.model_path, args.device, args.dtype, args.cache_dir)
     token_ids = list(tokenizer(args.text, verbose=False)["input_ids"])
     proposals = proposals_in(folder, lm, token_ids)
-    rows = [("", "token", "proposed chunk", "as in the text", "similarity")]
+    rows = [("", "token", "proposed chunk", "as in the text", "similarity", "first token")]
     for proposal in proposals:
-        agrees, similarity = "", ""
+        agrees, similarity, prob = "", "", ""
         if proposal.chunk_ids:
-            similarity = f"{proposal.similarity:.3f}"
+            similarity, prob = f"{proposal.similarity:.3f}", f"{proposal.first_token_prob:.3f}"
             agrees = f"{proposal.n_right} of {proposal.n_known}" if proposal.n_known else "at its end"
         chunk = shown(proposal.chunk_ids) if proposal.chunk_ids else "-"
-        rows.append((str(proposal.position), shown([proposal.entry_token_id]), chunk, agrees, similarity))
+        rows.append((str(proposal.position), shown([proposal.entry_token_id]), chunk, agrees, similarity, prob))
     yield from align(rows, n_left=4)
     yield ""
     known = [proposal for proposal in proposals if proposal.n_known]
     n_right = sum(proposal.n_right == proposal.n_known for proposal in known)
     n_proposed = sum(not math.isnan(proposal.similarity) for proposal in proposals)
     yield f"{n_proposed:,} of {len(proposals):,} tokens have a proposal; {n_right:,} of {len(known):,} are what follows"
+    if n_proposed:
+        yield "first token: the probability that the LM gives to the chunk's first token, relative to its likeliest token"
 
 
 # ---- Which datastore
@@ -470,13 +472,14 @@ def _walk(branches: list[Branch], depth: int = 0) -> Iterator[tuple[int, Branch]
 class Proposal:
     """What the datastore has after one token of a text. chunk_ids is empty, similarity NaN, where it has nothing.
 
-    n_right: tokens of the chunk from its first on that the text goes on with; n_known: tokens of the chunk that the
-    text is long enough for.
+    first_token_prob: what the LM gives to the chunk's first token, relative to its likeliest; n_right: tokens of the
+    chunk from its first on that the text goes on with; n_known: tokens of the chunk that the text is long enough for.
     """
 
     position: int
     entry_token_id: int
     similarity: float
+    first_token_prob: float
     chunk_ids: list[int]
     n_right: int
     n_known: int
@@ -487,25 +490,28 @@ def proposals_in(folder: Path, lm: "CausalLM", token_ids: list[int]) -> list[Pro
     import torch
 
     from utils.datastore.store import flattened_trie
+    from utils.lm.scoring import relative_probs
 
     if lm.n_positions is not None and len(token_ids) > lm.n_positions:
         raise InputError(f"--text: is {len(token_ids)} tokens, {lm.name} reads {lm.n_positions} at most; shorten it")
     with torch.inference_mode():
-        hidden_states, _ = lm.forward(torch.tensor([token_ids], device=lm.device))
-        queries = hidden_states[0].float().cpu()
-    nearest: dict[int, tuple[float, list[int]]] = {}
+        hidden_states, logits = lm.forward(torch.tensor([token_ids], device=lm.device))
+        queries, logits = hidden_states[0].float().cpu(), logits[0].float().cpu()
+    nearest: dict[int, tuple[float, float, list[int]]] = {}
     for token_id in sorted(set(token_ids) & set(datastore_token_ids(folder))):
         trie = flattened_trie(folder, token_id)
         for position in (n for n, other in enumerate(token_ids) if other == token_id):
             row, similarity = trie.index.nearest(queries[position])
-            nearest[position] = similarity, trie.chunk(row)
+            prob = float(relative_probs(logits[position : position + 1], trie.first_ids[row : row + 1]))
+            nearest[position] = similarity, prob, trie.chunk(row)
     return [
-        _proposal(token_ids, position, *nearest.get(position, (math.nan, []))) for position in range(len(token_ids))
+        _proposal(token_ids, position, *nearest.get(position, (math.nan, math.nan, [])))
+        for position in range(len(token_ids))
     ]
 
 
-def _proposal(token_ids: list[int], position: int, similarity: float, chunk: list[int]) -> Proposal:
+def _proposal(token_ids: list[int], position: int, similarity: float, prob: float, chunk: list[int]) -> Proposal:
     following = token_ids[position + 1 : position + 1 + len(chunk)]
     differing = (i for i, (a, b) in enumerate(zip(chunk, following, strict=False)) if a != b)
     n_right = next(differing, len(following))
-    return Proposal(position, token_ids[position], similarity, chunk, n_right, len(following))
+    return Proposal(position, token_ids[position], similarity, prob, chunk, n_right, len(following))

@@ -63,6 +63,11 @@ class TokenTrie:
         return self.chunk_ids[self.chunk_offsets[:-1]]
 
     @cached_property
+    def first_ids(self) -> Tensor:
+        """(N,) int64: the first token of each row's chunk, on the context vectors' device."""
+        return torch.from_numpy(self._first_ids.astype(np.int64)).to(self.context_vectors.device)
+
+    @cached_property
     def index(self) -> VectorIndex:
         """Finds the row most similar to a query; what it makes to be faster counts into n_bytes."""
         return VectorIndex(self.context_vectors)
@@ -162,9 +167,13 @@ def require_made_with(trie_folder: Path, model_path: str, tokenizer: str, model:
     path = trie_folder / name
     inputs = read_finished(path, stage).inputs
     if inputs.get("tokenizer") != tokenizer:
-        raise InputError(f"{path}: the datastore was made with another tokenizer than {model_path}'s; build it again with this model")
+        raise InputError(
+            f"{path}: the datastore was made with another tokenizer than {model_path}'s; build it again with this model"
+        )
     if model is not None and inputs.get("model_gen") != model:
-        raise InputError(f"{path}: its hidden states are those of another model than {model_path}; run stages 2 and 4 again with --model_path {model_path}")
+        raise InputError(
+            f"{path}: its hidden states are those of another model than {model_path}; run stages 2 and 4 again with --model_path {model_path}"
+        )
 
 
 def reads_bos(trie_folder: Path) -> bool:

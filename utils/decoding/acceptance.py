@@ -4,6 +4,9 @@ q = g(s) is monotone and piecewise linear in the cosine similarity s, constant b
 default map: g(s) = clip((s - η) / (1 - η), 0, q_max) with η = 2θ - 1, so that g(θ) = 1/2; a fitted one is read from a
 file. The policy `threshold` accepts a proposal iff s >= θ, or with a fitted map iff g(s) >= 1/2; `bernoulli` accepts
 with probability g(s).
+
+Beyond the paper, the LM may have a say: a chunk is accepted only where the LM gives its first token c₁ a probability
+p(c₁) >= δ · max p. The logits are there anyway when a chunk is proposed. It depends on the text so far alone, as q does.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -60,7 +63,9 @@ def read_map(path: Path) -> AcceptanceMap:
     except (KeyError, TypeError, ValueError, OverflowError):
         is_map = False
     if not is_map:
-        raise InputError(f"{path}: is not an acceptance map of ascending knots in [0, 1); fit one with --fit_acceptance")
+        raise InputError(
+            f"{path}: is not an acceptance map of ascending knots in [0, 1); fit one with --fit_acceptance"
+        )
     return AcceptanceMap(tuple(similarities.tolist()), tuple(probabilities.tolist()), origin)
 
 
@@ -69,13 +74,20 @@ class Acceptance:
     """Which proposals become text.
 
     similarity_threshold θ in [-1, 1], where 1 disables retrieval; q_max in (0, 1) caps the default map, and under
-    `threshold` is the acceptance probability from θ on; fitted: a map that takes the place of θ's.
+    `threshold` is the acceptance probability from θ on; fitted: a map that takes the place of θ's; min_first_token_prob
+    δ in [0, 1]: the least probability of a chunk's first token, relative to the LM's likeliest, 0 for the paper's rule.
     """
 
     similarity_threshold: float
     policy: Policy = "threshold"
     q_max: float = 0.999
     fitted: AcceptanceMap | None = None
+    min_first_token_prob: float = 0.0
+
+    @property
+    def asks_lm(self) -> bool:
+        """Whether acceptance depends on what the LM gives to a chunk's first token."""
+        return self.min_first_token_prob > 0
 
     @property
     def never(self) -> bool:
@@ -103,7 +115,7 @@ class Acceptance:
         return np.where(self._is_above(np.asarray(similarity, dtype=np.float64)), self.q_max, 0.0)
 
     def accepts(self, similarity: float, uniform: float) -> bool:
-        """uniform in [0, 1) decides under `bernoulli`; under `threshold` the similarity alone does."""
+        """Whether the similarity lets a proposal through: uniform in [0, 1) decides under `bernoulli`."""
         if self.never:
             return False
         if self.policy == "threshold":

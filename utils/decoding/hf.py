@@ -51,6 +51,7 @@ def chunk_generate(
     decoding: DecodingMode = "chunk",
     similarity_threshold: float = 0.5,
     acceptance: Policy = "threshold",
+    min_first_token_prob: float = 0.0,
     draft_settings: DraftSettings | None = None,
     text_streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
@@ -58,15 +59,17 @@ def chunk_generate(
     """Token ids (B, longest), the prompts' first, padded on the right; give it to `generate` as `custom_generate`.
 
     input_ids (B, T) int64, padded on the left where the attention mask is 0. datastore: as `open_datastore` returns it;
-    None generates plain text. `chunk` emits what is retrieved from similarity_threshold θ on; `verify` lets the LM
-    confirm drafts, so that the text is the LM's own. text_streamer: a streamer of transformers, for one prompt; `generate`
+    None generates plain text. `chunk` emits what is retrieved from similarity_threshold θ on, and where the LM gives its
+    first token min_first_token_prob δ of what it gives its likeliest; `verify` lets the LM confirm drafts, so that the
+    text is the LM's own. text_streamer: a streamer of transformers, for one prompt; `generate`
     itself passes none on under the name `streamer`. Raises ValueError for what cannot be honoured: beams, scores and the
     like to return, `inputs_embeds`, processors with a state of their own; and for a prompt that with its new tokens does
     not fit the model's positions.
     """
     config = generation_config or model.generation_config
     processors = logits_processor or LogitsProcessorList()
-    _require_supported(config, processors, model_kwargs, decoding, acceptance, similarity_threshold)
+    _require_supported(config, processors, model_kwargs, decoding, acceptance)
+    _require_in_range(similarity_threshold, min_first_token_prob)
     if text_streamer is not None and len(input_ids) > 1:
         raise ValueError(f"text_streamer prints one text, not {len(input_ids)}; give one prompt at a time")
     lm = CausalLM(model, model.name_or_path or type(model).__name__)
@@ -82,7 +85,8 @@ def chunk_generate(
     if decoding == "verify":
         drafter = RetrievalDrafter(datastore, draft_settings or DraftSettings())
     elif datastore is not None:
-        retriever = Retriever(datastore, Acceptance(similarity_threshold, acceptance))
+        rule = Acceptance(similarity_threshold, acceptance, min_first_token_prob=min_first_token_prob)
+        retriever = Retriever(datastore, rule)
     padded = _Padded(input_ids, prompts)
     loop = Decoding(
         sampler=_sampler(processors, config, padded),
@@ -108,7 +112,6 @@ def _require_supported(
     model_kwargs: dict[str, Any],
     decoding: str,
     acceptance: str,
-    similarity_threshold: float,
 ) -> None:
     if (config.num_beams or 1) > 1:
         raise ValueError(
@@ -128,8 +131,13 @@ def _require_supported(
     ):
         if value not in expected:
             raise ValueError(f"{name} is {value!r}; expected {' or '.join(map(repr, expected))}")
+
+
+def _require_in_range(similarity_threshold: float, min_first_token_prob: float) -> None:
     if not -1 <= similarity_threshold <= 1:
         raise ValueError(f"similarity_threshold is {similarity_threshold}; expected a cosine similarity in [-1, 1]")
+    if not 0 <= min_first_token_prob <= 1:
+        raise ValueError(f"min_first_token_prob is {min_first_token_prob}; expected a share in [0, 1]")
 
 
 @contextmanager

@@ -241,11 +241,12 @@ class _Loop:
             self._draw(sequences)
             return [None] * len(sequences)
         with self._timer.retrieval:
-            searches = [retriever.start_search(each.token_ids[-1], each.hidden_state) for each in sequences]
-        on_device = [search.pending for search in searches if search is not None and search.pending is not None]
-        values: Iterator[list[float]] = iter(())
-        if on_device:
-            values = iter(self._fetch(on_device))
+            searches = [
+                retriever.start_search(each.token_ids[-1], each.hidden_state, each.logits) for each in sequences
+            ]
+            pending = [search for search in searches if search is not None and search.is_pending]
+            results = retriever.results(pending) if pending else None
+        values = iter(() if results is None else self._fetch(results))
         with self._timer.retrieval:
             chunks = [
                 None if search is None else self._accepted(sequence, search, values)
@@ -254,13 +255,13 @@ class _Loop:
         self._draw([sequence for sequence, chunk in zip(sequences, chunks, strict=True) if chunk is None])
         return chunks
 
-    def _fetch(self, values: list[Tensor]) -> list[list[float]]:
+    def _fetch(self, results: Tensor) -> list[list[float]]:
         """The results of searches on the host; with `prefetch_all` the next tokens too, in the same copy."""
         if not self._prefetch_all:
-            return torch.stack(values).tolist()
+            return results.tolist()
         with self._timer.lm:
             drawn = self._next_tokens(self.sequences)
-            found, tokens = to_host(torch.stack(values), drawn)
+            found, tokens = to_host(results, drawn)
         for sequence, token_id in zip(self.sequences, tokens.tolist(), strict=True):
             sequence.drawn = token_id
         return found.tolist()
@@ -268,9 +269,10 @@ class _Loop:
     def _accepted(self, sequence: _Sequence, search: ProposalSearch, values: Iterator[list[float]]) -> Proposal | None:
         assert self._decoding.retriever is not None
         uniform = sequence.acceptance_uniforms[sequence.n_new]
-        found = None if search.pending is None else next(values)
+        found = next(values) if search.is_pending else None
         proposal = self._decoding.retriever.proposal(search, found, uniform)
-        sequence.proposals.append(ProposalRecord(len(sequence.token_ids), proposal.row, proposal.similarity))
+        place = len(sequence.token_ids)
+        sequence.proposals.append(ProposalRecord(place, proposal.row, proposal.similarity, proposal.first_token_prob))
         if not proposal.accepted:
             return None
         sequence.drawn = None

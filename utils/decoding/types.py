@@ -69,11 +69,15 @@ class StepRecord(NamedTuple):
 
 
 class ProposalRecord(NamedTuple):
-    """A proposal, accepted or not: where its chunk would begin in the flat list, its row and cosine similarity."""
+    """A proposal, accepted or not: where its chunk would begin in the flat list, its row and cosine similarity.
+
+    first_token_prob: what the LM gives to the chunk's first token, relative to its likeliest; None: it was not asked.
+    """
 
     position: int
     row: int
     similarity: float
+    first_token_prob: float | None = None
 
 
 @dataclass(frozen=True)

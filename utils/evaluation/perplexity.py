@@ -5,12 +5,13 @@ token; any number of acceptance settings is then evaluated from them (`marginal.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from utils.datastore.store import Datastore, TokenTrie
@@ -19,7 +20,7 @@ from utils.evaluation.marginal import Proposals, fit_map, log_likelihoods, poste
 from utils.files import InputError, file_fingerprint
 from utils.json_io import write_json
 from utils.lm.model import CausalLM, require_known_ids
-from utils.lm.scoring import require_finite, score_windows
+from utils.lm.scoring import relative_probs, require_finite, score_windows
 from utils.progress import ProgressBar
 from utils.tables import align, format_number
 from utils.text.corpora import read_passages
@@ -47,7 +48,10 @@ class TextSize:
 
 @dataclass(frozen=True)
 class TextReader:
-    """Turns a file of passages into proposals. datastore: None for no proposals; folder: for temporary files."""
+    """Turns a file of passages into proposals.
+
+    datastore: None for no proposals; folder: for temporary files; min_first_token_prob: as of `Acceptance`.
+    """
 
     lm: CausalLM
     tokenizer: PreTrainedTokenizerBase
@@ -55,13 +59,14 @@ class TextReader:
     shape: WindowShape
     max_windows: int | None
     batch_size: int
-    folder: Path  # for temporary files
+    folder: Path
+    min_first_token_prob: float = 0.0
 
     def read(self, path: Path) -> tuple[Proposals, TextSize]:
         """Raises InputError where the file holds no passages, none is long enough, or the model has no such ids."""
         plan, size = plan_text(path, self.tokenizer, self.shape, self.max_windows, self.folder)
         require_known_ids(self.lm.model.config, self.lm.name, plan.largest_id)
-        return find_proposals(self.lm, self.datastore, plan, self.batch_size), size
+        return find_proposals(self.lm, self.datastore, plan, self.batch_size, self.min_first_token_prob), size
 
 
 def plan_text(
@@ -134,6 +139,7 @@ def evaluate_perplexity(
         "text": {"file": path.name, "sha256": file_fingerprint(path), "windows": len(proposals.lengths)},
         "acceptance": acceptance.policy,
         "q_max": acceptance.q_max,
+        "min_first_token_prob": acceptance.min_first_token_prob,
         "similarity_quantiles": quantiles,
         "base": base_figures(proposals, size),
         "cdlm": dict(zip(settings, figures, strict=True)),
@@ -145,18 +151,24 @@ def evaluate_perplexity(
 # ---- Proposals
 
 
-def find_proposals(lm: CausalLM, datastore: Datastore | None, plan: WindowPlan, batch_size: int) -> Proposals:
+def find_proposals(
+    lm: CausalLM, datastore: Datastore | None, plan: WindowPlan, batch_size: int, min_first_token_prob: float = 0.0
+) -> Proposals:
     """The LM's probability and the proposal at every position from a window's second token on; datastore None: no proposals.
 
-    Raises InputError where the model computes NaN or infinity.
+    min_first_token_prob δ: a proposal whose first token the LM gives less, relative to its likeliest, is left out, which
+    is as if it was never accepted. Raises InputError where the model computes NaN or infinity.
     """
     lengths = plan.lengths - 1
     n = int(lengths.sum())
     found = Proposals(lengths, np.zeros(n), np.full(n, np.nan), *np.zeros((2, n), dtype=np.int64))
-    for positions in grouped(read_positions(lm, plan, batch_size)):
+    asks_lm = datastore is not None and min_first_token_prob > 0
+    batches = read_positions(lm, plan, batch_size, keep_logits=asks_lm)
+    # Logits are too large to be kept beyond their batch.
+    for positions in batches if asks_lm else grouped(batches):
         found.log_probs[positions.places] = positions.log_probs
         if datastore is not None:
-            fill_in_nearest(found, datastore, positions)
+            fill_in_nearest(found, datastore, positions, min_first_token_prob)
     return found
 
 
@@ -170,9 +182,10 @@ class Positions:
     following: np.ndarray  # the next tokens
     log_probs: np.ndarray  # what the LM gives to these
     left: np.ndarray  # tokens left in the window
+    logits: Tensor | None = None  # (n, V) at the entry tokens, on the model's device; None: not kept
 
 
-def read_positions(lm: CausalLM, plan: WindowPlan, batch_size: int) -> Iterator[Positions]:
+def read_positions(lm: CausalLM, plan: WindowPlan, batch_size: int, keep_logits: bool = False) -> Iterator[Positions]:
     """Read every window once, in batches of equally long ones; yields the positions of each batch.
 
     Raises InputError where the model computes NaN or infinity.
@@ -181,7 +194,7 @@ def read_positions(lm: CausalLM, plan: WindowPlan, batch_size: int) -> Iterator[
     with ProgressBar(total=plan.n_tokens, desc="reading windows", unit="tok", unit_scale=True) as bar:
         for windows in plan_batches(plan.lengths, batch_size):
             token_ids = plan.batch_token_ids(windows)
-            scores = score_windows(lm, token_ids, np.dtype(np.float32), plan.prefix_ids)
+            scores = score_windows(lm, token_ids, np.dtype(np.float32), plan.prefix_ids, keep_logits)
             for row, window in enumerate(windows.tolist()):
                 require_finite(window, row, scores)
             assert scores.hidden_states is not None
@@ -193,6 +206,7 @@ def read_positions(lm: CausalLM, plan: WindowPlan, batch_size: int) -> Iterator[
                 token_ids[:, 1:].ravel(),
                 scores.log_probs[:, 1:].ravel(),
                 np.tile(np.arange(n, 0, -1), len(windows)),
+                None if scores.logits is None else scores.logits[:, :-1].flatten(0, 1),
             )
             bar.update(token_ids.size)
 
@@ -212,12 +226,18 @@ def grouped(parts: Iterable[Positions]) -> Iterator[Positions]:
 
 
 def _joined(group: list[Positions]) -> Positions:
-    columns = zip(*(vars(part).values() for part in group), strict=True)
-    return Positions(*(np.concatenate(column) for column in columns))
+    names = [each.name for each in fields(Positions) if each.name != "logits"]
+    joined: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in group]) for name in names}
+    return Positions(**joined)
 
 
-def fill_in_nearest(found: Proposals, datastore: Datastore, queries: Positions) -> None:
-    """Fill in the proposals of some positions, by one search for all those of an entry token."""
+def fill_in_nearest(
+    found: Proposals, datastore: Datastore, queries: Positions, min_first_token_prob: float = 0.0
+) -> None:
+    """Fill in the proposals of some positions, by one search for all those of an entry token.
+
+    With min_first_token_prob > 0 the queries have logits.
+    """
     order = np.argsort(queries.entries, kind="stable")
     borders = np.flatnonzero(np.diff(queries.entries[order])) + 1
     for positions in np.split(order, borders):
@@ -225,9 +245,17 @@ def fill_in_nearest(found: Proposals, datastore: Datastore, queries: Positions) 
         if trie is None:
             continue
         rows, similarities = trie.index.nearest_batch(torch.from_numpy(queries.hidden_states[positions]))
+        chosen, cosines = rows.cpu().numpy(), similarities.cpu().numpy()
+        if min_first_token_prob > 0:
+            assert queries.logits is not None
+            logits = queries.logits[torch.from_numpy(positions).to(queries.logits.device)]
+            probs = relative_probs(logits, trie.first_ids[rows].to(logits.device))
+            is_likely = (probs >= min_first_token_prob).cpu().numpy()
+            positions, chosen, cosines = positions[is_likely], chosen[is_likely], cosines[is_likely]
+        if not len(positions):
+            continue
         at = queries.places[positions]
-        chosen = rows.cpu().numpy()
-        found.similarities[at] = similarities.cpu().numpy()
+        found.similarities[at] = cosines
         found.chunk_lengths[at] = np.minimum(trie.chunk_lengths(chosen), queries.left[positions])
         found.agreeing[at] = _agreeing(trie, chosen, found.chunk_lengths[at], queries.following, positions)
 

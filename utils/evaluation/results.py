@@ -39,6 +39,7 @@ from utils.json_io import read_json
 
 BASELINE = "baseline_generation"
 TURN = "turn"
+FIRST_TOKEN_PROBS = "proposal_first_token_probs"
 SECTIONS = ("generation", "time", "metrics", "settings", "session", "trace")
 COUNTS = ("prompt_tokens", "new_tokens", "forward_passes", "chunks_accepted", "tokens_from_chunks")
 DRAFT_COUNTS = ("drafts", "draft_tokens", "accepted_tokens")
@@ -215,9 +216,11 @@ def save_run(
 
 def _trace_columns(trace: Trace) -> dict[str, list[Any]]:
     tokens, lm, retrieval, rest, drafted = zip(*trace.steps, strict=True)
-    positions, rows, similarities = zip(*trace.proposals, strict=True) if trace.proposals else ((), (), ())
+    positions, rows, similarities, probs = zip(*trace.proposals, strict=True) if trace.proposals else ((), (), (), ())
     columns = {"tokens": tokens, "draft_tokens": drafted}
     columns |= {"proposal_positions": positions, "proposal_rows": rows, "proposal_similarities": similarities}
+    if any(prob is not None for prob in probs):  # the LM was asked about some
+        columns[FIRST_TOKEN_PROBS] = probs
     seconds = {"lm_us": lm, "retrieval_us": retrieval, "rest_us": rest}
     microseconds = {key: np.diff(np.rint(np.array(so_far) * 1e6), prepend=0) for key, so_far in seconds.items()}
     listed = {key: column.astype(np.int64).tolist() for key, column in microseconds.items()}
@@ -228,7 +231,9 @@ def _trace_of(columns: Mapping[str, list[Any]]) -> Trace:
     seconds = [np.cumsum(columns[key]) / 1e6 for key in ("lm_us", "retrieval_us", "rest_us")]
     steps = zip(columns["tokens"], *(so_far.tolist() for so_far in seconds), columns["draft_tokens"], strict=True)
     names = ("proposal_positions", "proposal_rows", "proposal_similarities")
-    proposals = zip(*(columns[name] for name in names), strict=True)
+    of_proposals = [columns[name] for name in names]
+    probs = columns.get(FIRST_TOKEN_PROBS, [None] * len(of_proposals[0]))
+    proposals = zip(*of_proposals, probs, strict=True)
     return Trace([StepRecord(*step) for step in steps], [ProposalRecord(*proposal) for proposal in proposals])
 
 
@@ -371,9 +376,12 @@ def _are_sound_drafts(metrics: Mapping[str, Any]) -> bool:
 def _is_sound_trace(columns: Mapping[str, Any]) -> bool:
     of_steps = [columns[key] for key in ("tokens", "draft_tokens", "lm_us", "retrieval_us", "rest_us")]
     of_proposals = [columns[key] for key in ("proposal_positions", "proposal_rows", "proposal_similarities")]
-    is_even = all(len({len(column) for column in group}) == 1 for group in (of_steps, of_proposals))
-    has_similarities = all(_is_number(value) for value in columns["proposal_similarities"])
-    return is_even and has_similarities and all(map(_are_ids, (*of_steps, *of_proposals[:2])))
+    probs = columns.get(FIRST_TOKEN_PROBS)
+    groups = (of_steps, of_proposals if probs is None else [*of_proposals, probs])
+    is_even = all(len({len(column) for column in group}) == 1 for group in groups)
+    has_numbers = all(_is_number(value) for value in columns["proposal_similarities"])
+    has_numbers &= all(value is None or _is_number(value) for value in probs or ())
+    return is_even and has_numbers and all(map(_are_ids, (*of_steps, *of_proposals[:2])))
 
 
 def _are_ids(values: Any) -> bool:

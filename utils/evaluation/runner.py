@@ -50,7 +50,7 @@ from utils.lm.model import (
     require_windows_fit,
     upload,
 )
-from utils.lm.sampling import Sampler, config_of_processors, processors_of, run_processors
+from utils.lm.sampling import Sampler, config_of_processors, not_honoured, processors_of, run_processors
 from utils.lm.scoring import negative_log_likelihood
 from utils.lm.threads import use_threads
 from utils.progress import ProgressBar, phase
@@ -98,12 +98,13 @@ class DatastoreSettings:
 
 @dataclass(frozen=True)
 class AcceptanceSettings:
-    """Which proposals are accepted: θ, or a fitted map from a file."""
+    """Which proposals are accepted: θ, or a fitted map from a file, and the LM's say by δ."""
 
     similarity_threshold: float
     policy: Policy
     q_max: float
     map_path: Path | None
+    min_first_token_prob: float
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,8 @@ class Evaluation:
         n_positions, n_new = max_positions(config), self._generation.max_new_tokens
         require_room(prompts, self._encoded, self._tokenizer, n_positions, n_new)
         self._config = load_generation_config(model.path, model.cache_dir)
+        if prompts and (left_out := not_honoured(self._config)):
+            LOGGER.warning("%s: its generation config sets %s, not honoured here", model.path, ", ".join(left_out))
         prefix_ids = added_tokens(self._tokenizer)[0]
         if settings.texts.perplexity_file or settings.texts.fit_acceptance:
             n_prefix = len(prefix_ids) if settings.texts.with_bos else 0
@@ -240,7 +243,9 @@ class Evaluation:
     @property
     def _acceptance(self) -> Acceptance:
         settings = self._settings.acceptance
-        return Acceptance(settings.similarity_threshold, settings.policy, settings.q_max, self._fitted)
+        return Acceptance(
+            settings.similarity_threshold, settings.policy, settings.q_max, self._fitted, settings.min_first_token_prob
+        )
 
     def _decode_text(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
@@ -265,7 +270,14 @@ class Evaluation:
         shape = WindowShape(texts.window, texts.window, min_length=2, with_bos=texts.with_bos)
         datastore = None if self._settings.datastore is None else self._datastore
         return TextReader(
-            self._lm, self._tokenizer, datastore, shape, texts.max_windows, texts.batch_size, self._settings.save_dir
+            self._lm,
+            self._tokenizer,
+            datastore,
+            shape,
+            texts.max_windows,
+            texts.batch_size,
+            self._settings.save_dir,
+            self._settings.acceptance.min_first_token_prob,
         )
 
     # ---- Generation
@@ -309,6 +321,8 @@ class Evaluation:
                 "q_max": acceptance.q_max if acceptance.policy == "bernoulli" else None,
                 "acceptance_map": None if fitted is None else [fitted.similarities, fitted.probabilities],
             }
+            if acceptance.asks_lm:
+                with_datastore |= {"min_first_token_prob": acceptance.min_first_token_prob}
         return ({BASELINE: baseline} if generation.runs == "both" else {}) | {self._run_name: with_datastore}
 
     def _generate(self) -> None:
@@ -399,14 +413,18 @@ class Evaluation:
 
     def _sampler(self, lm: CausalLM, requests: list[Request]) -> Sampler:
         """With the processors that the model's generation config asks for."""
-        sampler = Sampler.from_settings(**self._drawing)
-        if not config_of_processors(self._config):
-            return sampler
-        # Some depend on how long the prompt is, such as the one of min_new_tokens.
-        of_requests = {
-            request.index: processors_of(lm.model, request.prompt_ids, request.max_new_tokens, sampler.greedy)
-            for request in requests
-        }
+        try:
+            sampler = Sampler.from_settings(**self._drawing)
+            if not config_of_processors(self._config):
+                return sampler
+            # Some depend on how long the prompt is, such as the one of min_new_tokens.
+            of_requests = {
+                request.index: processors_of(lm.model, request.prompt_ids, request.max_new_tokens, sampler.greedy)
+                for request in requests
+            }
+        except (ValueError, TypeError) as error:  # the flags were checked
+            message = f"{self._settings.model.path}: its generation config cannot be used ({str(error).rstrip('.')})"
+            raise InputError(f"{message}; correct its generation_config.json") from error
 
         def process(index: int, token_ids: list[int], logits: Tensor) -> Tensor:
             return run_processors(of_requests[index], upload([token_ids], logits.device), logits)
@@ -488,6 +506,7 @@ class Evaluation:
             title=f"{Path(settings.model.path).name} {ending}",
             facts=self._facts(summary["runs"][name]["settings"]),
             similarity_threshold=acceptance.similarity_threshold,
+            min_first_token_prob=acceptance.min_first_token_prob,
             policy=acceptance.policy,
             acceptance_map=acceptance.acceptance_map if proposes else None,
             is_fitted=self._fitted is not None,

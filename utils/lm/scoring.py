@@ -52,18 +52,31 @@ def negative_log_likelihood(lm: CausalLM, prompt_ids: list[int], new_token_ids: 
 
 @dataclass(frozen=True)
 class WindowScores:
-    """What the LM gave to the windows of one batch, on the host."""
+    """What the LM gave to the windows of one batch, on the host but for the logits."""
 
     log_probs: np.ndarray  # (B, L) float32, natural log, the first column 0
     hidden_states: np.ndarray | None  # (B, L, D) float32 or float16; None: not wanted
     is_finite: np.ndarray  # (B,) bool: neither NaN nor infinity in the model's hidden states
+    logits: Tensor | None = None  # (B, L, V), on the model's device; None: not wanted
+
+
+def relative_probs(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """(N,) float32 in [0, 1]: the probability of one token for each row, relative to the row's likeliest token.
+
+    logits (N, V) of any float dtype, token_ids (N,) int64 on the same device.
+    """
+    chosen = logits.gather(1, token_ids[:, None])[:, 0]
+    return (chosen.float() - logits.amax(dim=1).float()).exp()
 
 
 class PendingScores:
     """Scores that a GPU may still be computing, on their way to the host."""
 
-    def __init__(self, log_probs: Tensor, hidden_states: Tensor | None, is_finite: Tensor) -> None:
+    def __init__(
+        self, log_probs: Tensor, hidden_states: Tensor | None, is_finite: Tensor, logits: Tensor | None = None
+    ) -> None:
         tensors = (log_probs, hidden_states, is_finite)
+        self._logits = logits  # stay on the device
         # From a GPU this goes into pinned memory, behind the kernels, and returns at once.
         self._tensors = [None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in tensors]
         devices = {tensor.device for tensor in tensors if tensor is not None and tensor.is_cuda}
@@ -76,34 +89,45 @@ class PendingScores:
         log_probs, hidden_states, is_finite = (None if x is None else x.numpy() for x in self._tensors)
         assert log_probs is not None
         assert is_finite is not None
-        return WindowScores(log_probs, hidden_states, is_finite)
+        return WindowScores(log_probs, hidden_states, is_finite, self._logits)
 
 
 def score_windows(
-    lm: CausalLM, token_ids: np.ndarray, hidden_dtype: np.dtype | None = None, prefix_ids: Sequence[int] = ()
+    lm: CausalLM,
+    token_ids: np.ndarray,
+    hidden_dtype: np.dtype | None = None,
+    prefix_ids: Sequence[int] = (),
+    keep_logits: bool = False,
 ) -> WindowScores:
     """One forward pass over equally long windows; token_ids (B, L) integer. hidden_dtype None: no hidden states.
 
-    prefix_ids: read before each window, such as BOS; nothing of theirs is returned.
-
-    Raises InputError where the device has too little memory.
+    prefix_ids: read before each window, such as BOS; nothing of theirs is returned. Raises InputError where the device
+    has too little memory.
     """
-    return start_scoring(lm, token_ids, hidden_dtype, prefix_ids).get()
+    return start_scoring(lm, token_ids, hidden_dtype, prefix_ids, keep_logits).get()
 
 
 def start_scoring(
-    lm: CausalLM, token_ids: np.ndarray, hidden_dtype: np.dtype | None = None, prefix_ids: Sequence[int] = ()
+    lm: CausalLM,
+    token_ids: np.ndarray,
+    hidden_dtype: np.dtype | None = None,
+    prefix_ids: Sequence[int] = (),
+    keep_logits: bool = False,
 ) -> PendingScores:
     """As `score_windows`, without waiting for a GPU."""
     try:
-        return _start(lm, token_ids, hidden_dtype, prefix_ids)
+        return _start(lm, token_ids, hidden_dtype, prefix_ids, keep_logits)
     except torch.OutOfMemoryError as error:
         raise _too_large(lm, *token_ids.shape) from error
 
 
 @torch.inference_mode()
 def _start(
-    lm: CausalLM, token_ids: np.ndarray, hidden_dtype: np.dtype | None, prefix_ids: Sequence[int] = ()
+    lm: CausalLM,
+    token_ids: np.ndarray,
+    hidden_dtype: np.dtype | None,
+    prefix_ids: Sequence[int] = (),
+    keep_logits: bool = False,
 ) -> PendingScores:
     prefix = np.tile(np.array(prefix_ids, dtype=np.int64), (len(token_ids), 1))  # (B, number of prefix ids)
     ids = torch.from_numpy(np.concatenate([prefix, token_ids.astype(np.int64)], axis=1))
@@ -115,7 +139,7 @@ def _start(
     log_probs[:, 1:] = log_probs_of(logits[:, :-1], ids[:, 1:].to(logits.device))
     is_finite = hidden_states.isfinite().flatten(1).all(dim=1)
     kept = None if hidden_dtype is None else hidden_states.to(getattr(torch, hidden_dtype.name))
-    return PendingScores(log_probs, kept, is_finite)
+    return PendingScores(log_probs, kept, is_finite, logits if keep_logits else None)
 
 
 def require_finite(window: int, row: int, scores: WindowScores) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from utils.datastore.provenance import Segment, SourceWindow, find_windows, read_windows, segments_around
 from utils.decoding.acceptance import AcceptanceMap
-from utils.decoding.types import Detokenize, Generation, StepRecord, TokenTexts
+from utils.decoding.types import Detokenize, Generation, ProposalRecord, StepRecord, TokenTexts
 from utils.evaluation.report.rescore import RescoredProposal, RescoredText
 from utils.evaluation.results import BASELINE
 from utils.evaluation.summary import figure_rows
@@ -32,6 +32,8 @@ MAX_TOKENS = 150_000
 SOURCE_TOKENS = 500_000
 CONTEXTS = (("all", 60), ("all", 30), ("accepted", 60), ("accepted", 30), ("accepted", 12), ("accepted", 6))
 HISTOGRAM_BINS = 40
+# Verdicts about a proposal, beside 0: the similarity rejected it. report.js has them too.
+ACCEPTED, VETOED = 1, 2
 
 # What could end the element that holds the data, what old parsers take for a line's end, what is no character, and
 # what an editor would not show.
@@ -46,6 +48,7 @@ class ReportRun:
     title: str
     facts: list[tuple[str, str]]
     similarity_threshold: float
+    min_first_token_prob: float
     policy: str
     acceptance_map: AcceptanceMap | None  # g; None where nothing is proposed
     is_fitted: bool  # not from θ
@@ -145,6 +148,7 @@ class _Page:
                 name for name, figures in self.summary["runs"].items() if not figures.get("tts_same_run", True)
             ],
             "theta": self.run.similarity_threshold,
+            "minFirstTokenProb": self.run.min_first_token_prob,
             "policy": self.run.policy,
             "corpus": self.run.corpus,
             "map": self._map(),
@@ -212,9 +216,11 @@ class _Page:
         return {"baseline": text}
 
     def _proposals(self, generation: Generation, rescored: RescoredText) -> list[list[Any]]:
-        """[position after the prompt, similarity, row, 1 if accepted, tokens that the text agrees with, log p, rivals]
+        """[position after the prompt, similarity, row, verdict, tokens that the text agrees with, p of the first token
+        relative to the likeliest, log p, rivals]
 
-        log p: of the chunk as it was emitted, under the LM; rivals: [string, similarity], for accepted ones.
+        verdict: ACCEPTED, VETOED by the LM or 0; log p: of the chunk as it was emitted, under the LM; rivals: [string,
+        similarity], for accepted ones.
         """
         n_prompt, token_ids = len(generation.prompt_ids), generation.token_ids
         taken = {chunk.position: len(chunk.token_ids) for chunk in generation.chunks}
@@ -226,7 +232,10 @@ class _Page:
             agreeing = next(
                 (i for i, (a, b) in enumerate(zip(written, chunk.token_ids, strict=False)) if a != b), len(written)
             )
-            proposal: list[Any] = [at - n_prompt, _millionths(chunk.record.similarity), row, int(at in taken), agreeing]
+            prob, is_veto = chunk.first_token_prob, _is_vetoed(chunk.record, self.run.min_first_token_prob)
+            verdict = ACCEPTED if at in taken else VETOED if is_veto else 0
+            proposal: list[Any] = [at - n_prompt, _millionths(chunk.record.similarity), row, verdict, agreeing]
+            proposal.append(_millionths(prob))
             if at in taken:
                 self.accepted.add(row)
                 log_p = float(rescored.log_probs[at : at + taken[at]].sum())
@@ -311,6 +320,11 @@ def _steps(generation: Generation) -> dict[str, list[int]] | None:
     if not any(columns["drafted"]):
         del columns["drafted"]
     return columns
+
+
+def _is_vetoed(record: ProposalRecord, min_first_token_prob: float) -> bool:
+    """Whether the similarity let a proposal through and the LM did not."""
+    return record.first_token_prob is not None and record.first_token_prob < min_first_token_prob
 
 
 def _millionths(similarity: float) -> int:

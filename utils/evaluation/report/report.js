@@ -6,6 +6,7 @@
   const BASELINE = "baseline_generation";
   const mode = data.run === BASELINE ? "baseline" : data.run.startsWith("verify_") ? "verify" : "chunk";
   const MILLION = 1e6;
+  const ACCEPTED = 1, VETOED = 2;
 
   // ---- Elements. Text goes in as text nodes only.
 
@@ -266,25 +267,30 @@
   let moved = null;
   let thetaLine = () => {};
   const theta = () => (moved === null ? data.theta : moved / MILLION);
-  const shows = (mark) => (moved === null ? mark.accepted : mark.similarity >= moved);
-  const allSimilarities = Float64Array.from(data.texts.flatMap((text) => text.proposals.map((proposal) => proposal[1]))).sort();
-  const nAccepted = sum(data.texts.map((text) => text.proposals.filter((proposal) => proposal[3]).length));
+  const least = Math.round(data.minFirstTokenProb * MILLION);
+  const isLikely = (proposal) => !least || proposal === undefined || proposal[5] >= least;
+  const shows = (mark) => (moved === null ? mark.accepted : mark.similarity >= moved && isLikely(mark.proposal));
+  // Similar enough, but the LM gives the first token too little.
+  const isVetoed = (mark) => (moved === null ? mark.vetoed : mark.similarity >= moved && !isLikely(mark.proposal));
+  const allProposals = data.texts.flatMap((text) => text.proposals);
+  const likelySimilarities = Float64Array.from(allProposals.filter(isLikely).map((proposal) => proposal[1])).sort();
+  const nAccepted = allProposals.filter((proposal) => proposal[3] === ACCEPTED).length;
 
   function atOrAbove(millionths) {
-    let low = 0, high = allSimilarities.length;
+    let low = 0, high = likelySimilarities.length;
     while (low < high) {
       const middle = (low + high) >> 1;
-      if (allSimilarities[middle] < millionths) low = middle + 1;
+      if (likelySimilarities[middle] < millionths) low = middle + 1;
       else high = middle;
     }
-    return allSimilarities.length - low;
+    return likelySimilarities.length - low;
   }
 
   function bar() {
     const parts = [];
-    const n = allSimilarities.length;
+    const n = allProposals.length;
     if (n) {
-      const lowest = Math.max(Math.floor(allSimilarities[0] / 1e4) / 100, -1);
+      const lowest = Math.max(Math.floor(allProposals.reduce((low, proposal) => Math.min(low, proposal[1]), MILLION) / 1e4) / 100, -1);
       const slider = document.createElement("input");
       Object.assign(slider, { type: "range", id: "theta", min: String(lowest), max: "1", step: "0.005", value: String(data.theta) });
       const shown = el("output"), said = el("div.said"), reset = el("button", "as it was");
@@ -351,7 +357,7 @@
     const marks = text.chunks.map(([at, n, found]) => ({ at, n, similarity: found, accepted: true, proposal: proposals.get(at) }));
     const inChunks = new Set(text.chunks.map(([at]) => at));
     for (const [at, found, , accepted] of text.proposals) {
-      if (!inChunks.has(at)) marks.push({ at, n: 1, similarity: found, accepted: Boolean(accepted), proposal: proposals.get(at) });
+      if (!inChunks.has(at)) marks.push({ at, n: 1, similarity: found, accepted: accepted === ACCEPTED, vetoed: accepted === VETOED, proposal: proposals.get(at) });
     }
     if (mode === "verify" && text.steps) {
       let at = 0;
@@ -405,7 +411,7 @@
     for (const mark of article.marks) {
       const span = mark.span;
       if (!span) continue;
-      const on = shows(mark);
+      const on = shows(mark) || isVetoed(mark);
       if (mark.accepted) span.classList.toggle("off", !on);
       else span.classList.toggle("on", on);
       if (!mark.accepted && !on) {
@@ -594,17 +600,21 @@
     const row = proposal ? data.rows[proposal[2]] : null;
     const chunk = row ? data.strings[row[0]] : emitted;
     const head = el(mark.accepted ? "h3" : "h3.maybe", el("span.soft", inline(entry)), el("mark", chunk.trim() ? visible(chunk) : inline(chunk)));
-    const state = mark.accepted ? (shows(mark) ? "Accepted." : `Accepted, but would not be at θ = ${theta().toFixed(3)}.`) : `Not accepted, but would be at θ = ${theta().toFixed(3)}.`;
+    const at = `at θ = ${theta().toFixed(3)}`;
+    const state = mark.accepted ? (shows(mark) ? "Accepted." : `Accepted, but would not be ${at}.`)
+      : isVetoed(mark) ? `Not accepted: similar enough, but the LM gives its first token less than δ = ${data.minFirstTokenProb} of the likeliest token's probability.`
+      : `Not accepted, but would be ${at}.`;
     const list = el("dl");
     term(list, "Entry token", el("code", inline(entry)));
     term(list, "Similarity", (mark.similarity / MILLION).toFixed(4));
     const q = acceptanceProbability(mark.similarity);
     if (q !== null) term(list, "Acceptance probability", q.toFixed(3));
+    if (proposal) term(list, "First token", `${(proposal[5] / MILLION).toFixed(3)} of the LM's likeliest`);
     if (row) {
       const isCut = mark.accepted && mark.n < row[1];
       term(list, "Length", isCut ? `${mark.n} of ${count(row[1], "token")}, cut where the text ends` : count(row[1], "token"));
-      if (mark.accepted && proposal[5] !== undefined) {
-        term(list, "Under the LM alone", `${Math.exp(proposal[5] / mark.n).toFixed(3)} per token`);
+      if (mark.accepted && proposal[6] !== undefined) {
+        term(list, "Under the LM alone", `${Math.exp(proposal[6] / mark.n).toFixed(3)} per token`);
       } else if (!mark.accepted) {
         const agreeing = proposal[4];
         const written = inline(text.tokens.slice(mark.at, mark.at + Math.max(row[1], 1)).join(""));
@@ -613,8 +623,8 @@
     }
     card.append(head, el("p.state", state), list);
     if (row) fillSource(row);
-    if (proposal && proposal[6] && proposal[6].length) {
-      const rivals = proposal[6].map(([string, found]) => el("li", el("span", similarity(found)), el("code", inline(data.strings[string]))));
+    if (proposal && proposal[7] && proposal[7].length) {
+      const rivals = proposal[7].map(([string, found]) => el("li", el("span", similarity(found)), el("code", inline(data.strings[string]))));
       card.append(el("h4", "Next-best chunks"), el("ol", rivals));
     }
   }
@@ -695,7 +705,7 @@
 
   const markAt = (event) => {
     const span = event.target instanceof Element ? event.target.closest(".seen") : null;
-    return span && (span.mark.accepted || shows(span.mark)) ? span : null;
+    return span && (span.mark.accepted || shows(span.mark) || isVetoed(span.mark)) ? span : null;
   };
 
   function listen() {
@@ -771,7 +781,7 @@
   if (mode === "verify" && data.texts.some((text) => !text.steps)) notes.push("Some of these texts were generated before steps were recorded, so what was drafted is not known.");
   if (data.leftOut) notes.push(`To keep the page small, ${count(data.leftOut, "text")} more ${data.leftOut === 1 ? "is" : "are"} not shown; figures and charts count all.`);
   if (data.sourceNote) notes.push(data.sourceNote);
-  if (allSimilarities.length) notes.push("The slider shows which proposals another θ would accept, step by step. The texts stay as they are; in truth they would go on differently from the first change on.");
+  if (allProposals.length) notes.push("The slider shows which proposals another θ would accept, step by step. The texts stay as they are; in truth they would go on differently from the first change on.");
 
   put(page, [
     el("h1", visible(data.title)),

@@ -13,7 +13,7 @@ from torch import Tensor
 from utils.datastore.store import Datastore, TokenTrie
 from utils.decoding.types import Generation, ProposalRecord
 from utils.lm.model import CausalLM
-from utils.lm.scoring import score_windows
+from utils.lm.scoring import relative_probs, score_windows
 
 N_RIVALS = 3
 # Rows that are compared to find rivals: many have the same chunk.
@@ -24,7 +24,10 @@ SCORES_AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class RescoredProposal:
-    """A proposal with its chunk: its row stands for token `place` of `window`, rivals are the next-best chunks."""
+    """A proposal with its chunk: its row stands for token `place` of `window`, rivals are the next-best chunks.
+
+    first_token_prob: what the LM gives to the chunk's first token, relative to its likeliest.
+    """
 
     record: ProposalRecord
     entry_token_id: int
@@ -32,6 +35,7 @@ class RescoredProposal:
     window: int
     place: int
     rivals: list[tuple[list[int], float]]  # other chunks, each with its best row's similarity, which descends
+    first_token_prob: float
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,9 @@ class RescoredText:
 @torch.inference_mode()
 def rescore(lm: CausalLM, datastore: Datastore, generation: Generation) -> RescoredText:
     """Rescore a generation of chunk mode. Where it has no trace, its proposals are found again too."""
-    scores = score_windows(lm, np.array([generation.token_ids]), np.dtype(np.float32))
+    scores = score_windows(lm, np.array([generation.token_ids]), np.dtype(np.float32), keep_logits=True)
     assert scores.hidden_states is not None
+    assert scores.logits is not None
     states = torch.from_numpy(scores.hidden_states[0])
     if generation.trace is not None:
         records = generation.trace.proposals
@@ -59,11 +64,13 @@ def rescore(lm: CausalLM, datastore: Datastore, generation: Generation) -> Resco
     for entry_token_id, of_entry in by_entry.items():
         trie = datastore.trie(entry_token_id)
         if trie is not None:
-            queries = states[[record.position - 1 for record in of_entry]].to(trie.context_vectors.device)
+            places_of = [record.position - 1 for record in of_entry]
+            queries = states[places_of].to(trie.context_vectors.device)
             queries = torch.nn.functional.normalize(queries, dim=1)
             step = max(SCORES_AT_ONCE // len(trie.windows), 1)
             for first in range(0, len(of_entry), step):
-                found += _find_rivals(trie, of_entry[first : first + step], queries[first : first + step])
+                records, places = of_entry[first : first + step], places_of[first : first + step]
+                found += _find_rivals(trie, records, queries[first : first + step], scores.logits[0, places])
     return RescoredText(scores.log_probs[0], sorted(found, key=lambda proposal: proposal.record.position))
 
 
@@ -74,13 +81,19 @@ def _search_positions(generation: Generation) -> list[int]:
     return [position for position in range(n_prompt, len(generation.token_ids)) if position not in inside]
 
 
-def _find_rivals(trie: TokenTrie, records: list[ProposalRecord], queries: Tensor) -> list[RescoredProposal]:
-    """The proposals of one entry token; queries (n, D) of length 1."""
+def _find_rivals(
+    trie: TokenTrie, records: list[ProposalRecord], queries: Tensor, logits: Tensor
+) -> list[RescoredProposal]:
+    """The proposals of one entry token; queries (n, D) of length 1, logits (n, V)."""
     top = torch.topk(queries @ trie.context_vectors.T, min(ROWS_FOR_RIVALS, len(trie.windows)), dim=1)
+    records = [
+        record if record.row >= 0 else ProposalRecord(record.position, rows[0], similarities[0])
+        for record, similarities, rows in zip(records, top.values.tolist(), top.indices.tolist(), strict=True)
+    ]
+    first_ids = trie.first_ids[[record.row for record in records]].to(logits.device)
+    probs = relative_probs(logits, first_ids).tolist()
     found = []
-    for record, similarities, rows in zip(records, top.values.tolist(), top.indices.tolist(), strict=True):
-        if record.row < 0:
-            record = ProposalRecord(record.position, rows[0], similarities[0])
+    for record, similarities, rows, prob in zip(records, top.values.tolist(), top.indices.tolist(), probs, strict=True):
         token_ids = trie.chunk(record.row)
         best: dict[tuple[int, ...], float] = {}
         for row, similarity in zip(rows, similarities, strict=True):
@@ -91,5 +104,5 @@ def _find_rivals(trie: TokenTrie, records: list[ProposalRecord], queries: Tensor
                 break
         window, place = int(trie.windows[record.row]), int(trie.positions[record.row])
         rivals = [(list(chunk), similarity) for chunk, similarity in best.items()]
-        found.append(RescoredProposal(record, trie.entry_token_id, token_ids, window, place, rivals))
+        found.append(RescoredProposal(record, trie.entry_token_id, token_ids, window, place, rivals, prob))
     return found
