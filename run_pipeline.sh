@@ -59,8 +59,7 @@ Models (folders or Hugging Face hub names, with the same tokenizer)
   --threads N                that torch computes with (default: what is fastest on a CPU, see eval.py)
   --cache_dir DIR            for downloads from the Hugging Face hub (default: the hub's own)
 Datastore
-  --tok_prob_threshold γ     in [0, 1): a token that --model_ds gave a higher probability belongs to a chunk
-                             (default: $tok_prob_threshold)
+  --tok_prob_threshold γ     in [0, 1): tokens above it under --model_ds are in a chunk (default: $tok_prob_threshold)
   --chunk_source NAME        probability; expert: spans marked in the text; or both (default: probability)
   --chunk_size N, --stride N, --min_length N          windows of stage 2, in tokens (default: its own)
   --max_chunk_length N, --skip_first_tokens N         chunks of stage 3, in tokens (default: its own)

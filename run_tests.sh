@@ -2,7 +2,7 @@
 # Set up .venv and a Chromium if that is still to do, then check the code and run the tests. Arguments go to pytest.
 # Stops at the first failure, and after 25 minutes in all with status 124.
 #
-#   ./run_tests.sh [pytest arguments, such as tests/text/test_prompts.py or -k spread]
+#   ./run_tests.sh [pytest arguments, such as tests/decoding or -k gate]
 set -euo pipefail
 
 LIMIT_S=1500

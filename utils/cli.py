@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from errno import ENAMETOOLONG
 from io import TextIOWrapper
@@ -38,12 +37,11 @@ class StageParser(Parser):
         verbosity.add_argument(
             "--verbose", action="store_true", help="also say what is read and how long each part takes"
         )
-        # argparse leaves alone what the namespace has already, so what stays unset was not given.
-        unset, names = object(), [action.dest for action in self._actions if action.dest != "help"]
-        parsed = super().parse_args(args, argparse.Namespace(**dict.fromkeys(names, unset)))
-        parsed.given = {name for name in names if getattr(parsed, name) is not unset}
-        for name in set(names) - parsed.given:
-            setattr(parsed, name, self.get_default(name))
+        parsed = super().parse_args(args)
+        # Once more: argparse leaves alone what the namespace has already, so what stays unset was not given.
+        unset = object()
+        second = super().parse_args(args, argparse.Namespace(**dict.fromkeys(vars(parsed), unset)))
+        parsed.given = {name for name, value in vars(second).items() if value is not unset}
         set_verbosity(quiet=parsed.quiet, verbose=parsed.verbose)
         return parsed
 
@@ -83,17 +81,15 @@ def run_script(main: Callable[[], None]) -> None:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # What is still buffered has no reader; Python would complain about it at exit.
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _drop_output()
         sys.exit(128 + signal.SIGPIPE)
     except InputError as error:
         sys.exit(_final_message(prog, f"error: {error}", 2))
     except OSError as error:
         if error.errno != ENAMETOOLONG:
             raise
-        name = Path(str(error.filename)).name
-        message = f"error: {name[:60]}…: is too long for the name of a file; give shorter labels"
+        name = max(Path(str(error.filename)).parts, key=len)
+        message = f"error: {name[:60]}…: is too long for the name of a file; give a shorter name or label"
         sys.exit(_final_message(prog, message, 2))
     except KeyboardInterrupt as interrupt:
         what, status = ("terminated", 143) if isinstance(interrupt, Terminated) else ("interrupted", 130)
@@ -101,16 +97,16 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _prepare_streams() -> None:
-    """Let printing never fail: not on a terminal without γ and θ, and not where cron closed stdout or stderr."""
+    """Let printing never fail: not on a terminal without γ and θ, and not where cron closed the streams."""
     # A file that is opened later must not get the number of a closed stream, which libraries print to.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)  # by worker processes too
     os.close(descriptor)
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the process ends)
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open until the process ends)
         stream = getattr(sys, name)
-        if isinstance(stream, TextIOWrapper):
+        if mode == "w" and isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -122,10 +118,18 @@ def _final_message(prog: str, message: str, status: int) -> int:
     # Nothing is left to clean up, so a second signal may end the process at once, without a traceback.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    with suppress(OSError):  # nobody may read it
+    try:
         close_bars()
         print(f"{prog}: {message}", file=sys.stderr)
+    except OSError:
+        _drop_output()
     return status
+
+
+def _drop_output() -> None:
+    """Forget what is still buffered and has no reader: Python would complain about it at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # ---- Types of flags
@@ -191,7 +195,8 @@ def add_cache_dir(parser: Parser) -> None:
 
 def add_model(parser: Parser, default: str | None = None) -> None:
     """default: what the script uses without --model_path, for the help; None: the flag is required."""
-    of_model = "folder or hub name of a causal language model" + (f" (default: {default})" if default else "")
+    of_model = "folder or hub name of a causal language model or of a peft adapter, or a .gguf file"
+    of_model += f" (default: {default})" if default else ""
     parser.add_argument("--model_path", required=default is None, help=of_model)
     add_cache_dir(parser)
     parser.add_argument(

@@ -121,7 +121,7 @@ def _require(path: Path, is_there: bool, kind: str, made_by: str) -> Path:
 def open_text(path: Path) -> Iterator[TextIO]:
     """A UTF-8 file open for reading, compressed or not, its byte order mark skipped; the block may do nothing but read.
 
-    Raises InputError where the file cannot be read, with the byte's number, but for .zst, where it is not UTF-8.
+    Raises InputError where the file cannot be read, with the byte's number where it is not UTF-8 (.zst and pipes apart).
     """
     try:
         with _open_binary(path) as raw, TextIOWrapper(raw, encoding="utf-8-sig") as file:
@@ -129,7 +129,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
                 yield file
             except UnicodeDecodeError as error:
                 at = ""
-                with suppress(OSError):  # a .zst does not say how much of it was read
+                with suppress(OSError):  # a .zst or a pipe does not say how much of it was read
                     # `error` counts from the start of the block that was read last.
                     at = f" (byte {raw.tell() - len(error.object) + error.start})"
                 raise InputError(f"{path}: is not UTF-8{at}; save it as UTF-8") from error

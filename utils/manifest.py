@@ -16,7 +16,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
@@ -60,19 +60,30 @@ def begin_stage(path: Path, stage: str, arguments: dict[str, Any], inputs: dict[
     wanted = Manifest(stage, json.loads(json.dumps(arguments)), json.loads(json.dumps(inputs)))
     if path.exists():
         found = read_manifest(path, stage)
-        _require_same(path, "the {}", found.inputs, wanted.inputs)
-        _require_same(path, "--{}", found.arguments, wanted.arguments)
+        _require_same(path, found, wanted)
         return found
     save_manifest(path, wanted)
     return wanted
 
 
-def _require_same(path: Path, wording: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            what = wording.format(name.replace("_", " ") if wording.startswith("the") else name)
-            difference = f"was made with {what} {found.get(name)!r}, this run has {wanted.get(name)!r}"
-            raise InputError(f"{path.parent}: its output {difference}; use another folder or delete what {path} lists")
+def _require_same(path: Path, found: Manifest, wanted: Manifest) -> None:
+    """Raise InputError, which names what differs, where two runs have other arguments or inputs."""
+    pairs = {f"--{name}": pair for name, pair in _differing(found.arguments, wanted.arguments)}
+    pairs |= {f"the {name.replace('_', ' ')}": pair for name, pair in _differing(found.inputs, wanted.inputs)}
+    if not pairs:
+        return
+    remedy = f"use another folder or delete what {path} lists"
+    if len(pairs) > 1:
+        *names, last = pairs
+        named = f"{', '.join(names)} and {last}"
+        raise InputError(f"{path.parent}: its output and this run differ in {named}; {remedy}")
+    ((name, (before, now)),) = pairs.items()
+    raise InputError(f"{path.parent}: its output was made with {name} {before!r}, this run has {now!r}; {remedy}")
+
+
+def _differing(found: dict[str, Any], wanted: dict[str, Any]) -> list[tuple[str, tuple[Any, Any]]]:
+    names = sorted(found.keys() | wanted.keys())
+    return [(name, (found.get(name), wanted.get(name))) for name in names if found.get(name) != wanted.get(name)]
 
 
 def finish_stage(path: Path, manifest: Manifest, results: dict[str, Any], files: dict[str, Any] | None = None) -> None:
@@ -221,6 +232,26 @@ def require_as_written(manifest_path: Path, manifest: Manifest, files: Iterable[
     listed = read_list(manifest_path, manifest)
     named = {path: listed.get(_name_below(manifest_path.parent, path)) or listed.get(path.name) for path in files}
     _require_unchanged({path: file_sum for path, file_sum in named.items() if file_sum}, manifest.stage, verify)
+
+
+def require_untouched(manifest_path: Path, manifest: Manifest) -> None:
+    """Raise InputError for a file of a finished stage that is newer than the stage's list and has other content.
+
+    So that a run that goes on does not list it as its own. Only what is newer is read. A file of another size is left to
+    those who read it, and a missing one may be made again.
+    """
+    path = list_path(manifest_path)
+    if not manifest.complete or not path.exists():
+        return
+    listed, since = read_list(manifest_path, manifest), path.stat().st_mtime_ns
+    newer = []
+    for name, known in listed.items():
+        file = path.parent / name
+        with suppress(OSError):  # it is not there
+            stat = file.stat()
+            if stat.st_mtime_ns >= since and stat.st_size == known.n_bytes:
+                newer.append(file)
+    require_as_written(manifest_path, manifest, newer, verify=True)
 
 
 def _name_below(folder: Path, path: Path) -> str:

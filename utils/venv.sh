@@ -27,7 +27,21 @@ ensure_venv() {
     echo "$wanted" >"$venv/.installed-requirements.txt"
 }
 
-# _pip_install WHAT...: with the variables of ensure_venv.
+# ensure_packages ROOT PACKAGE...: install what only some scripts need into ROOT/.venv, where it is missing there.
+ensure_packages() {
+    local root=$1 venv=$1/.venv log=$1/.venv/pip.log
+    local is_there="import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))"
+    if "$venv/bin/python" -c "$is_there" "${@:2}"; then
+        return
+    fi
+    echo "installing ${*:2} into $venv" >&2
+    if ! _pip_install "${@:2}"; then
+        echo "error: pip could not install ${*:2}; what it said is in $log" >&2
+        exit 2
+    fi
+}
+
+# _pip_install WHAT...: with the variables of those above.
 _pip_install() {
     "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" "$@" >>"$log" 2>&1
 }

@@ -12,7 +12,7 @@ from utils.datastore import chunk_lists
 from utils.datastore.chunk_lists import ChunkListPaths, ChunkRule, CorpusChunks, find_all_chunks
 from utils.datastore.external_sort import cut_evenly, read_sorted
 from utils.extraction.token_probs import token_probs_path, write_token_probs
-from utils.files import InputError, make_folder
+from utils.files import InputError, make_folder, replacing
 from utils.json_io import read_json
 
 N_IDS = 4
@@ -100,6 +100,25 @@ def test_lists_without_a_manifest_are_of_unknown_origin(tmp_path: Path) -> None:
         paths.refuse_files_without_manifest()
     paths.manifest.touch()
     paths.refuse_files_without_manifest()
+
+
+@pytest.mark.parametrize(("letter", "n_bytes"), [("x", 1), ("é", 2), ("東", 3)])
+def test_labels_that_make_too_long_a_file_name_are_refused_before_anything_is_made(
+    letter: str, n_bytes: int, tmp_path: Path
+) -> None:
+    rest = len("m__train_all_filtered_tok_probs_0.5.json")  # the longest of the three
+    fits = (chunk_lists.LONGEST_NAME - rest) // n_bytes
+    for n in (fits, fits + 1):
+        paths = ChunkListPaths(tmp_path, letter * n, "m", "train", 0.5)
+        if n == fits:
+            paths.require_names_fit()
+            for path in paths.lists:
+                with replacing(path) as temporary:
+                    temporary.touch()
+        else:
+            got = f"make a file name of {rest + n * n_bytes} bytes, expected at most {chunk_lists.LONGEST_NAME}"
+            with pytest.raises(InputError, match=f"{got}; give a shorter --dataset_name, --model_ds or --partition"):
+                paths.require_names_fit()
 
 
 # ---- The chunks

@@ -8,9 +8,11 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from conftest import ROOT
 from synthetic_corpus import LENGTHS, TRIE_FOLDER, Corpus, expected_rows, make_tries, write_corpus
 
 from benchmarks.faults.mutations import mutate
-from benchmarks.faults.processes import killed_before_rename
+from benchmarks.faults.processes import in_child, killed_before_rename
 from utils.datastore import flattened
 from utils.datastore.flattened import (
     ARRAYS,
@@ -339,10 +341,60 @@ def test_verifying_names_the_file_whose_content_was_changed(tries: Path, name: s
         run_flatten(tries, verify=True)
 
 
-def test_a_second_run_that_flattens_is_refused(tries: Path) -> None:
+def waiting_for(folder: Path) -> str:
+    return f"{folder}: waiting for another run that is writing here"
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_second_run_waits_while_the_first_flattens_and_finds_its_pickles(
+    whole: Path, tries: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.rmtree(tries / FOLDER)
-    with exclusive_lock(tries, "flattening"), pytest.raises(InputError, match="another run is writing here"):
+    with ThreadPoolExecutor(1) as second:
+        with exclusive_lock(tries, "flattening"):
+            n_rows = second.submit(run_flatten, tries)
+            wait_until(lambda: bool(caplog.messages))
+            assert caplog.messages == [waiting_for(tries)]
+            shutil.copytree(whole / FOLDER, tries / FOLDER)  # as the first run makes them
+            times = {path: path.stat().st_mtime_ns for path in (tries / FOLDER).iterdir()}
+            assert not n_rows.done()
+        assert n_rows.result(timeout=20) == run_flatten(whole, reprocess=False)
+    assert {path: path.stat().st_mtime_ns for path in (tries / FOLDER).iterdir()} == times
+
+
+def test_a_second_run_flattens_itself_where_the_first_was_killed(
+    whole: Path, tries: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(tries / FOLDER)
+    with ThreadPoolExecutor(1) as second:
+        with exclusive_lock(tries, "flattening"):
+            n_rows = second.submit(run_flatten, tries)
+            wait_until(lambda: bool(caplog.messages))
+            shutil.copytree(whole / FOLDER, tries / FOLDER)
+            pickle_path(tries / FOLDER, 3).unlink()
+            (tries / FOLDER / "manifest.json").unlink()
+        n_rows.result(timeout=20)
+    assert pickles(tries) == pickles(whole)
+
+
+def test_two_runs_at_once_leave_the_pickles_of_one(whole: Path, tries: Path) -> None:
+    shutil.rmtree(tries / FOLDER)
+    with ThreadPoolExecutor(2) as both:
+        ends = list(both.map(lambda _: in_child(lambda: run_flatten(tries)), range(2)))
+    assert ends == [(0, "")] * 2
+    assert pickles(tries) == pickles(whole)
+
+
+def test_a_run_does_not_wait_where_all_is_flattened(tries: Path) -> None:
+    with exclusive_lock(tries, "flattening"):
         run_flatten(tries)
+        run_flatten(tries, reprocess=False)
 
 
 @pytest.mark.parametrize("rows", ["Infinity", "NaN", "null", '"x"', "[]", "1e999"])

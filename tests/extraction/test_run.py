@@ -619,7 +619,7 @@ def test_output_of_another_text_model_or_shape_is_refused(
 ) -> None:
     stage("--construct_memmap")
     whole = contents(stage.output_dir)
-    assert "was made with the model" in refused(model_path=llama_folder)
+    assert "differ in --no_bos, the model and the tokenizer;" in refused(model_path=llama_folder)
     for flag, value in {
         "stride": 17,
         "min_length": 11,

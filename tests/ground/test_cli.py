@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, STAGES
 
 from utils.cli import COSINE, NON_NEGATIVE_INT, POSITIVE_INT, Parser, Range, StageParser, boolean, file_name
 
@@ -149,6 +151,12 @@ def test_an_end_that_a_user_can_act_on_is_one_line(body: str, status: int, said:
     assert (done.returncode, done.stderr.splitlines()) == (status, said)
 
 
+def test_of_a_path_that_is_too_long_the_longest_part_is_named() -> None:
+    done = run_as_script("open('/' + 'x' * 300 + '/a.json')")
+    said = f"-c: error: {'x' * 60}…: is too long for the name of a file; give a shorter name or label\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     done = run_as_script("1 / 0")
     assert done.returncode == 1
@@ -173,22 +181,102 @@ def test_a_second_signal_ends_at_once_without_a_traceback() -> None:
         assert script.returncode == -signal.SIGTERM
 
 
-def start_as_script(body: str) -> subprocess.Popen[str]:
-    program = (
-        "import os, signal, time, utils.cli\nfrom utils.cli import run_script\nfrom utils.files import InputError\n"
+# ---- Where it prints to
+
+
+ASCII = (
+    {"PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+)
+
+
+@pytest.mark.parametrize("variables", ASCII, ids=["PYTHONIOENCODING", "LC_ALL"])
+def test_what_a_terminal_cannot_show_is_escaped(variables: dict[str, str]) -> None:
+    body = r"print('\u03b3 \u27e6\xe9\u27e7'); raise InputError('\u03b8.json: is empty')"
+    done = run_as_script(body, variables)
+    assert (done.returncode, done.stdout) == (2, "\\u03b3 \\u27e6\\xe9\\u27e7\n")
+    assert done.stderr == "-c: error: \\u03b8.json: is empty\n"
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_help_is_shown_on_any_terminal_from_any_folder(script: str, tmp_path: Path) -> None:
+    """Without docstrings, and without the script's folder on the path, too."""
+    command = [sys.executable, "-OO", "-P", str(ROOT / script), "--help"]
+    shown = subprocess.run(command, cwd=tmp_path, env=os.environ | ASCII[0], capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith(f"usage: {script} ")
+    assert ("\\u03b3 in [0, 1)" in shown.stdout) == ("--tok_prob_threshold" in shown.stdout)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("end", "status"), [("pass", 0), ("raise InputError('a: is empty')", 2)])
+def test_closed_streams_change_neither_status_nor_files(closed: str, end: str, status: int, tmp_path: Path) -> None:
+    """As under cron: a file that is opened later gets none of what is printed, here or by another process."""
+    path = tmp_path / "a.json"
+    prints = "import os; os.write(1, b'raw'); os.write(2, b'raw')"
+    body = (
+        f"file = open({str(path)!r}, 'w'); print('result'); print('said', file=sys.stderr); sys.stdin.read(); {prints}; "
+        f"subprocess.run([sys.executable, '-c', {prints!r}], check=True, close_fds=False); file.write('[]'); {end}"
     )
-    program += f"from utils.progress import ProgressBar\ndef main():\n    {body}\nrun_script(main)"
+    command = ["bash", "-c", f'exec "$@" {closed}', "bash", sys.executable, "-c", program_of(body)]
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+    assert path.read_text() == "[]"
+    shown = {">&-": (True, False), "2>&-": (False, True)}.get(closed, (False, False))
+    assert ("said" in done.stderr, "result" in done.stdout) == shown
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_closes_the_pipe_ends_a_script_quietly(unbuffered: str) -> None:
+    with start_as_script("for i in range(10**6): print(i)", {"PYTHONUNBUFFERED": unbuffered}) as script:
+        assert script.stdout is not None
+        assert script.stdout.readline() == "0\n"
+        script.stdout.close()
+        assert script.stderr is not None
+        assert script.stderr.read() == ""
+    assert script.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ("raise InputError('a: is empty')", 2),
+        ("print('said', file=sys.stderr, flush=True)", 128 + signal.SIGPIPE),
+        ("print('result')", 128 + signal.SIGPIPE),
+    ],
+)
+def test_a_script_that_nobody_reads_has_its_status(body: str, status: int, unbuffered: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    variables = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-c", program_of(body)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=variables, stdout=writing, stderr=writing)
+    finally:
+        os.close(writing)
+    assert done.returncode == status
+
+
+def start_as_script(body: str, variables: Mapping[str, str] = MappingProxyType({})) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program_of(body)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def run_as_script(body: str) -> "subprocess.CompletedProcess[str]":
-    with start_as_script(body) as script:
+def program_of(body: str) -> str:
+    imports = "import os, signal, subprocess, sys, time, utils.cli\nfrom utils.cli import run_script\n"
+    imports += "from utils.files import InputError\nfrom utils.progress import ProgressBar\n"
+    return f"{imports}def main():\n    {body}\nrun_script(main)"
+
+
+def run_as_script(body: str, variables: Mapping[str, str] = MappingProxyType({})) -> "subprocess.CompletedProcess[str]":
+    with start_as_script(body, variables) as script:
         out, err = script.communicate()
     return subprocess.CompletedProcess(script.args, script.returncode, out, err)

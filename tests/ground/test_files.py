@@ -1,13 +1,21 @@
 """Files: there whole or not at all, read as UTF-8, and written by one run at a time."""
 
+import bz2
+import errno
+import gzip
+import lzma
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from conftest import ROOT
 
+from utils import files
 from utils.files import (
     InputError,
     exclusive_lock,
@@ -56,6 +64,15 @@ def test_a_full_disk_is_named_with_the_file_and_leaves_the_old_one(tmp_path: Pat
         write(path, b"new" * 100_000)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pipe_that_breaks_meanwhile_is_not_taken_for_the_file(tmp_path: Path) -> None:
+    """A progress bar's reader may leave while a file is written."""
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with pytest.raises(BrokenPipeError), replacing(path):
+        raise BrokenPipeError
+    assert path.read_text() == "old"
 
 
 def test_a_folder_that_cannot_be_made_is_an_input_error(tmp_path: Path) -> None:
@@ -143,6 +160,53 @@ def test_the_byte_that_is_not_utf8_is_counted_from_the_files_start(n_before: int
         file.read()
 
 
+def zstd(content: bytes) -> bytes:
+    return pa.Codec("zstd").compress(content, asbytes=True)
+
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
+
+
+def test_every_kind_of_compression_is_tried() -> None:
+    assert set(COMPRESSORS) == set(files.COMPRESSION_SUFFIXES)
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_compressed_text_is_read_as_what_it_holds(suffix: str, tmp_path: Path) -> None:
+    lines = [f"line {i} é\n" for i in range(50_000)]
+    path, content = tmp_path / f"a.TXT{suffix.upper()}", "".join(lines).encode("utf-8-sig")
+    # In two pieces, as parallel compressors write it; the border is within a character.
+    border = content.index("é".encode(), len(content) // 2) + 1
+    path.write_bytes(COMPRESSORS[suffix](content[:border]) + COMPRESSORS[suffix](content[border:]))
+    with open_text(path) as file:
+        assert list(file) == lines
+    with open_text(path) as file:  # and may be left before its end
+        assert next(file) == lines[0]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_compressed_text_that_is_damaged_is_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.txt{suffix}"
+    compress = COMPRESSORS[suffix]
+    whole = compress(os.urandom(100_000).hex().encode())
+    for content in (whole[: len(whole) // 2], whole[:-1], b"no such file"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"^{path}: cannot be read "), open_text(path) as file:
+            file.read()
+    path.write_bytes(compress(b"a" * 1000 + b"\xff"))
+    byte = "" if suffix == ".zst" else r" \(byte 1000\)"
+    with pytest.raises(InputError, match=rf"^{path}: is not UTF-8{byte};"), open_text(path) as file:
+        file.read()
+    path.unlink()
+    with pytest.raises(InputError, match=rf"^{path}: cannot be read \(.*No such file"), open_text(path) as file:
+        pass
+
+
 # ---- Locks
 
 
@@ -216,6 +280,44 @@ def test_a_run_that_waits_goes_on_once_the_lock_is_given_back(tmp_path: Path) ->
 def is_asleep(process: subprocess.Popen[str]) -> bool:
     """Whether it waits for something, such as a lock."""
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].startswith("S")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("items", [None, range(2, 5)])
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_file_system_without_locks_is_used_with_a_warning(
+    number: int,
+    items: range | None,
+    wait: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refuse_locks(monkeypatch, number)
+    for name in ("x.py", "y.py"):
+        with exclusive_lock(tmp_path, name, items=items, wait=wait):
+            (tmp_path / name).touch()
+    assert (tmp_path / "y.py").exists()
+    unguarded = "so nothing stops two runs from writing here at the same time"
+    assert caplog.messages == [f"{tmp_path}: its file system has no locks ({os.strerror(number)}), {unguarded}"]
+
+
+def refuse_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Answer as a file system does that has no locks."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files, "flock", refuse)
+    monkeypatch.setattr(files, "lockf", refuse)
+
+
+def test_another_error_of_a_lock_is_not_taken_for_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_locks(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"), exclusive_lock(tmp_path, "x.py"):
+        pass
 
 
 def test_a_folder_that_takes_no_lock_is_refused(tmp_path: Path) -> None:

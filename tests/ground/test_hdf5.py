@@ -2,6 +2,7 @@
 
 import os
 import time
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 import h5py
@@ -48,6 +49,17 @@ def test_a_dataset_that_is_not_in_one_piece_has_no_place(tmp_path: Path) -> None
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("a", data=np.zeros((4, 3), "f4"), chunks=(2, 3))
     assert read_places(tmp_path / "a.h5") == {"a": ((4, 3), np.dtype("f4"), None)}
+
+
+def test_hdf5_takes_no_locks_of_its_own_which_some_drives_refuse(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    write(path)
+    with open(path, "rb") as holder:
+        flock(holder, LOCK_EX)
+        assert set(read_places(path)) == set(SHAPES)
+        rows = write(path)
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["first"][:], rows["first"])
 
 
 def test_the_same_datasets_are_the_same_bytes_at_another_time(tmp_path: Path) -> None:

@@ -52,10 +52,39 @@ def test_of_the_config_counts_what_the_forward_pass_is_made_of(gpt2_copy: Path) 
         assert model_fingerprint(str(gpt2_copy)) != before
 
 
-def test_an_adapter_beside_the_weights_makes_another_fingerprint(gpt2_copy: Path) -> None:
-    before = model_fingerprint(str(gpt2_copy))
-    (gpt2_copy / "adapter_model.safetensors").write_bytes(b"low ranks")
-    assert model_fingerprint(str(gpt2_copy)) != before
+def test_an_adapter_makes_another_fingerprint_beside_the_weights_and_alone(
+    gpt2_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages/peft.py").touch()  # looked for, but not used for a fingerprint
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    base = model_fingerprint(str(gpt2_copy))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"base_model_name_or_path": str(gpt2_copy), "lora_alpha": 8}
+    found = {base}
+    for weights, alpha in ((b"low ranks", 8), (b"others", 8), (b"others", 16)):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": alpha}))
+        (adapter / "adapter_model.safetensors").write_bytes(weights)
+        found.add(model_fingerprint(str(adapter)))
+    assert len(found) == 4
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (gpt2_copy / name).write_bytes((adapter / name).read_bytes())
+    assert model_fingerprint(str(gpt2_copy)) == model_fingerprint(str(adapter))
+    (gpt2_copy / "adapter_config.json").unlink()  # without which no adapter is loaded
+    assert model_fingerprint(str(gpt2_copy)) == base
+
+
+def test_the_bytes_of_a_gguf_file_are_its_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gguf", "accelerate"):
+        (tmp_path / f"{name}.py").touch()  # looked for, but not used for a fingerprint
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF 1")
+    before = model_fingerprint(str(path))
+    assert model_fingerprint(str(tmp_path)) == before
+    path.write_bytes(b"GGUF 2")
+    assert model_fingerprint(str(path)) != before
 
 
 def test_a_copy_in_the_hubs_cache_is_the_same_and_is_not_read(gpt2_copy: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from utils.files import InputError
+from utils.lm import model as lm_model
 from utils.lm.model import (
     CausalLM,
     eos_token_ids,
@@ -329,6 +331,15 @@ def test_a_tokenizer_that_needs_a_package_is_refused_with_its_name(gpt2_copy: Pa
     set_in_json(gpt2_copy / "tokenizer_config.json", tokenizer_class="BioGptTokenizer")
     with pytest.raises(InputError, match=f"^{gpt2_copy}: needs a package that is not installed .*sacremoses.*install"):
         load_tokenizer(str(gpt2_copy))
+
+
+def test_python_without_docstrings_is_refused_where_transformers_needs_them(
+    gpt2_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm_model, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+    for load in (load_tokenizer, load_config, load_lm):
+        with pytest.raises(InputError, match=r"^python -OO: removes the docstrings, which transformers reads; use -O"):
+            load(str(gpt2_folder))
 
 
 @pytest.fixture

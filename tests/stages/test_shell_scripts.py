@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,12 +12,16 @@ from types import ModuleType
 
 import pytest
 from conftest import ROOT, STAGES
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from utils.files import InputError
 from utils.text.prompts import read_prompts
 from utils.text.python_docs import split_of
 
 WALK_THROUGHS = ("self_distillation", "knowledge_distillation", "expert_facts")
+# What decides what a virtual environment holds: it is set up anew where one of these has changed.
+PACKAGES = ("requirements-dev.txt", "requirements.txt", "constraints.txt")
 SCRIPTS = ("run_pipeline.sh", "run_tests.sh", ".ci/run", *(f"examples/{name}.sh" for name in WALK_THROUGHS))
 
 
@@ -83,11 +88,9 @@ def checkout(tmp_path: Path) -> Path:
     (root / ".venv/bin").mkdir(parents=True)
     (root / "examples/models/large").mkdir(parents=True)
     (root / "examples/prompts.json").write_text("[]")
-    for name in ("run_pipeline.sh", "utils/venv.sh", "requirements.txt", "requirements-dev.txt"):
+    for name in ("run_pipeline.sh", "utils/venv.sh", *PACKAGES):
         (root / name).write_bytes((ROOT / name).read_bytes())
-    (root / ".venv/.installed-requirements.txt").write_text(
-        (root / "requirements-dev.txt").read_text() + (root / "requirements.txt").read_text()
-    )
+    (root / ".venv/.installed-requirements.txt").write_text("".join((root / name).read_text() for name in PACKAGES))
     python = root / ".venv/bin/python"
     python.write_text(
         '#!/usr/bin/env bash\necho "$*" >>"$(dirname "$0")/commands"\nif [[ $* == *"$FAIL"* ]]; then exit 3; fi\n'
@@ -182,6 +185,18 @@ def test_distillation_reads_the_text_with_both_models(checkout: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("no_failure")
+def test_a_gguf_file_is_a_model_too(checkout: Path, tmp_path: Path) -> None:
+    model = tmp_path / "m.gguf"
+    refused = pipeline("--model_gen", model, folder=tmp_path, script=checkout / "run_pipeline.sh")
+    assert "m.gguf: is no folder" in refused.stderr
+    model.touch()
+    done = pipeline("--model_gen", model, folder=tmp_path, script=checkout / "run_pipeline.sh")
+    assert done.returncode == 0, done.stderr
+    assert f"--model_path {model} " in commands(checkout)[-1]
+    assert "--model_ds m.gguf --model_gen m.gguf" in commands(checkout)[-1]
+
+
+@pytest.mark.usefixtures("no_failure")
 @pytest.mark.parametrize(("flags", "min_lengths"), [((), ["1"]), (("--min_length", "9"), ["1", "9"])])
 def test_expert_spans_of_short_texts_are_kept(checkout: Path, flags: tuple[str, ...], min_lengths: list[str]) -> None:
     flags = ("--input_files", "x.jsonl", "--test_fraction", "0", "--chunk_source", "expert", *flags)
@@ -258,6 +273,98 @@ def test_text_without_long_documents_is_refused(make_prompts: ModuleType, tmp_pa
         data.write_text(json.dumps(content))
         with pytest.raises(InputError, match=message):
             make_prompts.main(["--output_file", str(tmp_path / "p.json"), "--data_file", str(data)])
+
+
+# ---- The virtual environment
+
+
+def requirements_in(name: str) -> dict[str, Requirement]:
+    lines = (ROOT / name).read_text().splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith(("#", "-r"))]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+def test_constraints_hold_one_version_in_the_range_of_every_requirement() -> None:
+    exact = {name: str(requirement.specifier) for name, requirement in requirements_in("constraints.txt").items()}
+    assert all(re.fullmatch(r"==[\w.]+", specifier) for specifier in exact.values()), exact
+    wanted = requirements_in("requirements.txt") | requirements_in("requirements-dev.txt")
+    assert len(wanted) >= 14
+    outside = [name for name, range_ in wanted.items() if exact[name].removeprefix("==") not in range_.specifier]
+    assert outside == []
+
+
+def test_requirements_leave_room_for_the_versions_of_others() -> None:
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        kinds = {part.operator for requirement in requirements_in(name).values() for part in requirement.specifier}
+        assert kinds <= {">=", "<"}, name
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """A folder with requirements and a .venv whose pip says much and notes what it is called with."""
+    root = tmp_path / "a checkout"
+    (root / ".venv/bin").mkdir(parents=True)
+    for name in PACKAGES:
+        (root / name).write_text(f"# {name}\n")
+    python = root / ".venv/bin/python"
+    python.write_text(
+        '#!/usr/bin/env bash\necho "$*" >>"$0.calls"\necho "Collecting much"; echo "WARNING: of little" >&2\n'
+        'if [[ $* == *"$FAIL"* ]]; then echo "ERROR: no such version" >&2; exit 1; fi\n'
+    )
+    python.chmod(0o755)
+    return root
+
+
+def set_up(root: Path, requirements: str, fail: str = "nothing fails") -> "subprocess.CompletedProcess[str]":
+    command = f'set -euo pipefail; source "{ROOT}/utils/venv.sh"; ensure_venv "{root}" {requirements}'
+    variables = os.environ | {"FAIL": fail}
+    return subprocess.run(["bash", "-c", command], env=variables, capture_output=True, text=True, check=False)
+
+
+def test_packages_are_installed_in_their_constraints_and_in_one_line(environment: Path) -> None:
+    done = set_up(environment, "requirements.txt")
+    assert (done.returncode, done.stdout) == (0, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("installing PyTorch, transformers and what else requirements.txt names into ")
+    log = (environment / ".venv/pip.log").read_text()
+    assert "Collecting much" in log
+    assert "WARNING: of little" in log
+    installs = [call for call in (environment / ".venv/bin/python.calls").read_text().splitlines() if "install" in call]
+    assert [call.split("-c ")[1] for call in installs] == [
+        f"{environment}/constraints.txt torch",
+        f"{environment}/constraints.txt -r {environment}/requirements.txt",
+    ]
+
+
+def test_packages_are_installed_again_only_where_their_files_have_changed(environment: Path) -> None:
+    def calls() -> int:
+        return len((environment / ".venv/bin/python.calls").read_text().splitlines())
+
+    set_up(environment, "requirements.txt")
+    before = calls()
+    assert set_up(environment, "requirements.txt").stderr == ""
+    assert calls() == before
+    for name in PACKAGES:
+        (environment / name).write_text("# other\n")
+        assert "installing" in set_up(environment, "requirements.txt").stderr
+        assert calls() > before
+        before = calls()
+    # What the tests need holds what the pipeline needs.
+    assert "installing" in set_up(environment, "requirements-dev.txt").stderr
+    assert set_up(environment, "requirements.txt").stderr == ""
+
+
+@pytest.mark.parametrize("fail", ["constraints.txt torch", "-r "])
+def test_an_installation_that_fails_names_its_log_and_is_tried_again(environment: Path, fail: str) -> None:
+    for _ in range(2):
+        done = set_up(environment, "requirements.txt", fail)
+        assert (done.returncode, done.stdout) == (2, "")
+        log = environment / ".venv/pip.log"
+        assert done.stderr.splitlines()[1:] == [
+            f"error: pip could not install requirements.txt; what it said is in {log}"
+        ]
+        assert log.read_text().endswith("ERROR: no such version\n")
+    assert set_up(environment, "requirements.txt").returncode == 0
 
 
 def test_without_a_browser_the_tests_go_on_and_do_not_try_again(tmp_path: Path) -> None:

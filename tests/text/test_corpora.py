@@ -1,5 +1,7 @@
 """Stage 1: the six datasets, their splits, resuming, and what it refuses; hub datasets from local copies of the hub."""
 
+import bz2
+import gzip
 import hashlib
 import json
 import lzma
@@ -37,6 +39,12 @@ STAGE = "preprocess_dataset.py"
 RunStage = Callable[..., None]
 Refusal = Callable[..., str]
 SPLITS = ("train", "validation", "test")
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pa.Codec("zstd").compress(content, asbytes=True),
+}
 
 WIKITEXT_README = """---
 configs:
@@ -201,10 +209,38 @@ def test_a_damaged_or_partial_mirror_is_an_input_error(tmp_path: Path, refusal: 
     (law / "train.federal_register.jsonl.xz").write_bytes(whole[:-30])
     assert "cannot be read" in refusal(STAGE, "--dataset", "pile-of-law-federal_register", *flags)
     (law / "train.federal_register.jsonl.xz").write_bytes(lzma.compress(b'{"text": "a"}\n{"text"\n'))
-    assert "line 2 is not whole JSON" in refusal(STAGE, "--dataset", "pile-of-law-federal_register", *flags)
+    assert "line 2 is not valid JSON" in refusal(STAGE, "--dataset", "pile-of-law-federal_register", *flags)
     code.mkdir(parents=True)
     parquet(code / "train-0.parquet", content=["FROM a"], language=["Dockerfile"])
     assert "code" in refusal(STAGE, "--dataset", "Dockerfile", *flags)
+
+
+# ---- The cache of the hub's datasets
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_flag_for_another(
+    mirror: Path, tmp_path: Path, refusal: Refusal, run_stage: RunStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/proc/none"))
+    flags = ("--dataset", "Dockerfile", "--hub_mirror", mirror, "--output_dir", tmp_path / "out")
+    message = "the cache of Hugging Face datasets is not writable; choose one with --cache_dir"
+    assert refusal(STAGE, *flags) == f"/proc/none: {message}"
+    assert refusal(STAGE, *flags, "--cache_dir", "/proc/other") == f"/proc/other: {message}"
+    run_stage(STAGE, *flags, "--cache_dir", tmp_path / "cache")
+    assert texts(tmp_path / "out", "train")
+
+
+def test_the_users_own_files_need_no_cache(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", text=["a", "b"])
+    flags = ("--dataset", "local", "--input_files", tmp_path / "a.parquet", "--output_dir", tmp_path / "out")
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    variables["HOME"] = "/proc/none"  # where nothing can be written
+    command = [sys.executable, STAGE, *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sum(len(texts(tmp_path / "out", split)) for split in SPLITS) == 2
 
 
 # ---- Local files
@@ -220,7 +256,7 @@ def test_every_kind_of_local_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('[{"text": "j1", "spans": []}, {"n": [1], "text": "2020-01-01"}]')
     parquet(tmp_path / "p[1]*.parquet", n=[1, 2], text=["p1", "p2"], spans=[[[0, 1], [1, 2]], None])
     files = find_input_files([tmp_path / "in", tmp_path / "x.jsonl", tmp_path / "x.json", tmp_path / "p[1]*.parquet"])
-    assert list(local_files(Source("local", tuple(files)))) == [
+    assert passages_of(files) == [
         Passage("  first  \n"),
         Passage("one é\ntwo"),
         Passage("l1", [(0, 2)]),
@@ -230,6 +266,62 @@ def test_every_kind_of_local_file_is_read(tmp_path: Path) -> None:
         Passage("p1", [(0, 1), (1, 2)]),
         Passage("p2"),
     ]
+
+
+def passages_of(files: list[Path]) -> list[Passage]:
+    return list(local_files(Source("local", tuple(files))))
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b" \n\t" * 1000])
+def test_json_lines_are_read_under_the_name_of_json_too(before: bytes, tmp_path: Path) -> None:
+    """Many tools call them so; what begins with a bracket is a list."""
+    path = tmp_path / "x.json"
+    path.write_bytes(before + b'{"text": "a"}\n\n{"text": "b", "spans": [[0, 1]]}\n')
+    assert passages_of([path]) == [Passage("a"), Passage("b", [(0, 1)])]
+    path.write_bytes(before + b'[{"text": "a"}]')
+    assert passages_of([path]) == [Passage("a")]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_compressed_files_are_read_as_what_they_hold(suffix: str, tmp_path: Path) -> None:
+    contents = {"a.txt": "a\n", "b.jsonl": '{"text": "b"}\n{"text": "c"}', "d.json": '[{"text": "d"}]', "e.md": "e"}
+    for name, content in contents.items():
+        (tmp_path / f"{name}{suffix}").write_bytes(COMPRESSORS[suffix](content.encode()))
+    files = find_input_files([tmp_path])
+    assert [path.name for path in files] == [f"{name}{suffix}" for name in ("a.txt", "b.jsonl", "d.json")]
+    assert passages_of(files) == [Passage("a\n"), Passage("b"), Passage("c"), Passage("d")]
+
+
+def test_linked_folders_are_read_once_and_loops_have_an_end(tmp_path: Path) -> None:
+    folder, other = tmp_path / "in", tmp_path / "other"
+    for path in (folder / "deep/a.txt", other / "b.txt", other / "c.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.stem)
+    (folder / "linked").symlink_to(other)
+    (folder / "linked again").symlink_to("linked")
+    (folder / "deep/up").symlink_to("..")
+    (other / "back").symlink_to(folder)
+    (folder / "d.txt").symlink_to(other / "c.txt")
+    found = find_input_files([folder])
+    assert found == [folder / name for name in ("d.txt", "deep/a.txt", "linked/b.txt", "linked/c.txt")]
+    (tmp_path / "to it").symlink_to(folder)
+    assert [path.read_text() for path in find_input_files([tmp_path / "to it"])] == ["c", "a", "b", "c"]
+
+
+@pytest.mark.parametrize("target", ["nowhere", "gone.txt"])
+def test_a_link_that_leads_nowhere_is_named(target: str, tmp_path: Path) -> None:
+    """It may have led to a folder of texts, whatever it is called."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "deep").mkdir()
+    for link in (tmp_path / "deep/link", tmp_path / "link.txt"):
+        link.symlink_to(target)
+        with pytest.raises(InputError) as refused:
+            find_input_files([tmp_path])
+        message = f"{link}: is a link to {target}, which does not exist; correct or remove it"
+        assert str(refused.value) == message
+        link.unlink()
+    (tmp_path / ".#a.txt").symlink_to("user@host:1")  # as an editor leaves it
+    assert find_input_files([tmp_path]) == [tmp_path / "a.txt"]
 
 
 def test_a_file_that_two_paths_stand_for_is_read_once(tmp_path: Path) -> None:
@@ -421,7 +513,7 @@ def test_a_finished_run_says_so_and_other_arguments_are_refused(
     assert "nothing to do" in capsys.readouterr().out
     assert "--seed 0, this run has 1" in refusal(STAGE, *flags, "--seed", 1)
     assert "--max_passages None, this run has 2" in refusal(STAGE, *flags, "--max_passages", 2)
-    assert "--dataset 'local'" in refusal(STAGE, "--dataset", "python-docs", "--output_dir", tmp_path / "out")
+    assert "differ in --dataset," in refusal(STAGE, "--dataset", "python-docs", "--output_dir", tmp_path / "out")
     (tmp_path / "a.txt").write_text("same size")
     assert "the input files" in refusal(STAGE, *flags)
     assert all_bytes(tmp_path / "out") == before
@@ -510,21 +602,26 @@ def test_a_split_file_that_is_none_is_refused(tmp_path: Path, content: bytes, me
     [
         ("a.json", b'[{"text": "a"}, {"te', "a.json: the JSON list is cut off"),
         ("a.json", b'[{"text": "\xff"}]', "a.json: is not UTF-8"),
-        ("a.json", b'{"text": "a"}', "a.json: holds something else than a list"),
+        ("a.json", b'"text"', "a.json: holds something else than a list"),
+        ("a.json", b'{"body": "a"}', "a.json: line 1: has no 'text', only 'body'"),
+        ("a.json", b'{\n"text": "a"}', "a.json: line 1 is not valid JSON"),
         ("a.json", b"[]", "local: holds no passage with text"),
         ("a.json", b'[{"body": "a"}]', "a.json: entry 1: has no 'text', only 'body'"),
         ("a.json", b'[{"text": ["a"]}]', "entry 1: its 'text' is [\"a\"]; expected a string"),
         ("a.json", b'[{"text": "\\udc00"}]', "half of a surrogate pair"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b"', "a.jsonl: line 2 is not whole JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"', "a.jsonl: line 2 is not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n[1]', "a.jsonl: line 2: is [1]; expected an object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": 5}', "a.jsonl: line 2: its 'text' is 5"),
         ("a.jsonl", b'{"text": "\xff"}', "a.jsonl: is not UTF-8 (byte 10)"),
         ("a.jsonl", b'{"text": "a", "spans": [[0, 9]]}', "a.jsonl: line 1: among its 'spans' is [0, 9]"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl: line 1 is not whole JSON"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl: line 1 is not valid JSON"),
         ("a.txt", b"caf\xe9", "a.txt: is not UTF-8 (byte 3)"),
         ("a.txt", b"", "local: holds no passage with text"),
         ("a.parquet", b"PAR1 cut off", "a.parquet: cannot be read"),
-        ("a.csv", b"text\na", "a.csv: ends in '.csv'; expected one of .txt, .jsonl, .json, .parquet"),
+        ("a.csv", b"text\na", "a.csv: ends in '.csv'; expected .txt, .jsonl, .json, .parquet, or one of these and .gz"),
+        ("a.gz", b"", "a.gz: ends in '.gz'; expected .txt"),
+        ("a.parquet.gz", b"", "a.parquet.gz: ends in '.gz'; expected .txt"),
+        ("a.jsonl.gz", b'{"text": "a"}', "a.jsonl.gz: cannot be read (Not a gzipped file"),
     ],
 )
 def test_input_files_that_cannot_be_used_are_refused(

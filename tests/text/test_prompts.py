@@ -1,14 +1,25 @@
 """Prompt files in every layout, the token ids that the LM is given, and what is refused."""
 
+import io
 import json
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from utils.files import InputError
-from utils.text.prompts import Prompt, encode_prompts, read_prompts, require_room, require_template
+from utils.text.prompts import (
+    Prompt,
+    added_tokens,
+    encode_prompts,
+    read_prompts,
+    require_room,
+    require_template,
+)
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}{% endfor %}"
@@ -100,6 +111,51 @@ def test_unusable_prompt_file_is_refused_with_its_place(
     assert "\n" not in str(refusal.value)
 
 
+@pytest.fixture
+def standard_input(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    def give(content: bytes) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+
+    return give
+
+
+def test_prompts_come_from_the_standard_input(standard_input: Callable[[bytes], None]) -> None:
+    standard_input('\ufeff["東京", "b"]'.encode())
+    assert [prompt.text for prompt in read_prompts(Path("-"))] == ["東京", "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", ": is empty; expected a JSON list"),
+        (b'["a"', ": is not valid JSON "),
+        (b'["\xff"]', r": is not UTF-8 \(byte 2\)"),
+        (b'["a", ""]', r": prompt 1 \(counted from 0\) is empty"),
+    ],
+)
+def test_standard_input_without_prompts_is_refused_by_its_name(
+    standard_input: Callable[[bytes], None], content: bytes, message: str
+) -> None:
+    standard_input(content)
+    with pytest.raises(InputError, match=f"^the standard input{message}"):
+        read_prompts(Path("-"))
+
+
+@pytest.mark.parametrize("content", [b'["a", "b"]', b'["\xff"]'])
+def test_a_pipe_is_read_once_from_its_start(content: bytes, tmp_path: Path) -> None:
+    """As `<(command)` names one to a script."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with ThreadPoolExecutor(1) as writer:
+        written = writer.submit(path.write_bytes, content)
+        if b"\xff" in content:
+            with pytest.raises(InputError, match=f"^{path}: is not UTF-8; save it as UTF-8"):
+                read_prompts(path)
+        else:
+            assert [prompt.text for prompt in read_prompts(path)] == ["a", "b"]
+        assert written.result() == len(content)
+
+
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         read_prompts(tmp_path / "none.json")
@@ -136,6 +192,62 @@ def test_chat_needs_a_chat_template_that_takes_a_user_turn(llama: PreTrainedToke
     llama.chat_template = "{{ raise_exception('a system turn comes first') }}"
     with pytest.raises(InputError, match=r"prompt 0 .* chat template .*a system turn comes first"):
         encode_prompts(prompts_of("a"), llama, chat=True)
+
+
+def adding(tokenizer: PreTrainedTokenizerBase, template: str) -> Any:
+    """The same tokenizer with another template of what it adds to a text."""
+    from tokenizers import processors
+
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[attr-defined]
+        single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "after"),
+    [
+        ("$A", [], []),
+        ("<s> $A", [1], []),
+        ("<s> $A </s>", [1], [2]),
+        ("$A </s>", [], [2]),
+        ("<s> <s> $A </s> </s>", [1, 1], [2, 2]),
+    ],
+)
+def test_what_a_tokenizer_adds_after_a_text_is_no_part_of_a_prompt_which_is_said_once(
+    template: str, before: list[int], after: list[int], llama: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = adding(llama, template)
+    assert added_tokens(tokenizer) == (before, after)
+    texts = ["The quick brown fox", "a", "the dog </s>"]
+    found = encode_prompts(prompts_of(*texts), tokenizer)
+    assert found == [before + tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    assert found[2][-1] == 2  # of the text itself, not added
+    of_template = encode_prompts(prompts_of("the dog"), tokenizer, template="Q: {prompt}\nA:")
+    assert of_template == [before + tokenizer.encode("Q: the dog\nA:", add_special_tokens=False)]
+    said = (
+        f"the tokenizer adds {tokenizer.decode(after)!r} after a text, which is left out: prompts are to be continued"
+    )
+    assert caplog.messages == [said] * (2 if after else 0)  # for each file of prompts
+
+
+def test_a_chat_template_says_itself_what_follows_a_prompt(
+    llama: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = adding(llama, "<s> $A </s>")
+    tokenizer.chat_template = CHAT_TEMPLATE + "</s>"
+    (token_ids,) = encode_prompts(prompts_of("the dog"), tokenizer, chat=True)
+    assert token_ids == tokenizer.encode("<s>[user] the dog[assistant]</s>", add_special_tokens=False)
+    assert caplog.messages == []
+
+
+def test_a_tokenizer_that_knows_nothing_of_the_probe_keeps_its_prompts_whole(llama: PreTrainedTokenizerBase) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    bases = Tokenizer(models.BPE({"<s>": 1, "</s>": 2, "C": 3, "G": 4}, []))  # which leaves out other letters
+    tokenizer = adding(PreTrainedTokenizerFast(tokenizer_object=bases, bos_token="<s>", eos_token="</s>"), "<s> $A")
+    assert encode_prompts(prompts_of("CGG"), tokenizer) == [[1, 3, 4, 4]]
 
 
 def test_template_flags_are_checked_without_a_model() -> None:

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import pytest
 from conftest import TEXTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from utils.files import InputError
 from utils.text import windows
 from utils.text.corpora import Passage
-from utils.text.windows import WindowPlan, WindowShape, load_plan, plan_batches, plan_windows, save_plan
+from utils.text.expert_spans import ExpertSpans
+from utils.text.windows import TokenFile, WindowPlan, WindowShape, load_plan, plan_batches, plan_windows, save_plan
 
 
 @pytest.mark.parametrize(
@@ -139,6 +141,88 @@ def test_the_text_is_streamed(gpt2_folder: Path, tmp_path: Path, monkeypatch: py
     assert most <= 2 * 5 + 1  # five make up the 2000 characters that are tokenised together
 
 
+# ---- What counts
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(1, 20), st.data())
+def test_each_token_that_something_stands_before_counts_once(
+    passages: list[int], chunk_size: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, chunk_size))
+    starts, lengths, n_before = [], [], 0
+    firsts: set[int] = set()  # of which nothing stands before them in their window
+    for n_tokens in passages:
+        for start, end in WindowShape(chunk_size, stride, 1).bounds(n_tokens):
+            starts.append(n_before + start)
+            lengths.append(end - start)
+            if start == 0 or stride == chunk_size:
+                firsts.add(n_before + start)
+        n_before += n_tokens
+    plan = plan_of_windows(starts, lengths)
+    counted = [
+        place
+        for start, length, first in zip(starts, lengths, plan.first_counted.tolist(), strict=True)
+        for place in range(start + first, start + length)
+    ]
+    assert sorted(counted) == sorted(set(range(n_before)) - firsts)
+
+
+def plan_of_windows(starts: list[int], lengths: list[int]) -> WindowPlan:
+    spans = ExpertSpans.of_rows(np.zeros((0, 4)))
+    with tempfile.TemporaryFile() as file:
+        return WindowPlan(TokenFile(file), np.array(starts), np.array(lengths), 1, 0, 0, 0, "", [], spans)
+
+
+def test_a_window_that_is_left_out_changes_nothing_for_those_after_it() -> None:
+    assert plan_of_windows([0, 3, 6, 20], [4, 4, 4, 4]).first_counted.tolist() == [1, 1, 1, 1]
+    assert plan_of_windows([0, 6, 20], [8, 4, 4]).first_counted.tolist() == [1, 2, 1]
+    assert plan_of_windows([0, 4, 5], [4, 1, 3]).first_counted.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("folder", ["gpt2_folder", "llama_folder"])
+@pytest.mark.parametrize("shape", [WindowShape(20, 20, 2), WindowShape(20, 13, 2), WindowShape(7, 7, 2)])
+def test_the_bytes_of_a_window_are_those_of_its_text_after_its_first_token(
+    folder: str, shape: WindowShape, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """With the spaces that a tokenizer takes for a part of its words, also at the beginning of a window."""
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(folder))
+    texts = [text for text in TEXTS if text.isascii()]
+    plan = plan_windows(map(Passage, texts), tokenizer, shape, tmp_path, counts_bytes=True)
+    expected = []
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        ends = [len(tokenizer.decode(ids[:n])) for n in range(len(ids) + 1)]
+        assert ends[-1] == len(text)
+        expected += [ends[end] - ends[start + 1] for start, end in shape.bounds(len(ids))]
+    assert plan.n_bytes is not None
+    assert plan.n_bytes.tolist() == expected
+    assert plan_windows(map(Passage, texts), tokenizer, shape, tmp_path).n_bytes is None
+
+
+@pytest.mark.parametrize("folder", ["gpt2_folder", "llama_folder"])
+@pytest.mark.parametrize(
+    "text", ["x 東京は日本の首都です。 👩‍👩‍👧‍👦 family 🙂🙂", "x naïve e\u0301 \u0000\t \n  end. ", "x "]
+)
+def test_the_bytes_of_all_tokens_are_those_of_the_text(
+    folder: str, text: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(folder))
+    plan = plan_windows([Passage(text)], tokenizer, WindowShape(500, 500, 2), tmp_path, counts_bytes=True)
+    assert plan.n_bytes is not None
+    assert plan.n_bytes.tolist() == [len(text.encode()) - 1]  # "x" is a token
+
+
+def test_a_tokenizer_without_offsets_shares_the_bytes_out(tmp_path: Path) -> None:
+    tokenizer = ByT5Tokenizer()  # written in Python; a token is a byte
+    plan = plan_windows([Passage(TEXTS[3])], tokenizer, WindowShape(20, 20, 2), tmp_path, counts_bytes=True)
+    assert plan.n_bytes is not None
+    assert plan.n_bytes.tolist() == (plan.lengths - 1).tolist()
+
+
+# ---- Batches
+
+
 def test_batches_hold_equally_long_windows_in_the_order_of_the_text() -> None:
     lengths = np.array([8, 8, 3, 8, 5, 8, 3, 8])
     found = [batch.tolist() for batch in plan_batches(lengths, batch_size=2)]
@@ -193,6 +277,7 @@ def test_a_plan_is_loaded_as_it_was_saved(
         "n_short_spans",
         "largest_id",
         "fingerprint",
+        "prefix_ids",
     ):
         assert getattr(loaded, name) == getattr(plan, name), name
     for found, wanted in (
@@ -204,6 +289,19 @@ def test_a_plan_is_loaded_as_it_was_saved(
         assert found.dtype == wanted.dtype
         np.testing.assert_array_equal(found, wanted)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("with_bos", "prefix_ids"), [(True, [1]), (False, [])])
+def test_a_plan_knows_what_is_read_before_its_windows(
+    with_bos: bool, prefix_ids: list[int], llama_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    plan = plan_windows([Passage(TEXTS[0])], tokenizer, WindowShape(20, 15, 12, with_bos), tmp_path)
+    save_plan(tmp_path / "train_plan.npy", plan, MADE_FROM)
+    loaded = load_plan(tmp_path / "train_plan.npy", MADE_FROM)
+    assert loaded is not None
+    assert loaded.prefix_ids == plan.prefix_ids == prefix_ids
+    assert loaded.token_ids(0).tolist() == tokenizer.encode(TEXTS[0], add_special_tokens=False)[:20]
 
 
 def test_a_plan_that_is_saved_again_has_the_same_bytes(plan: WindowPlan, tmp_path: Path) -> None:

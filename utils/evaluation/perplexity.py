@@ -125,8 +125,8 @@ def evaluate_perplexity(
 
     Raises InputError where the acceptance map was fitted to this very text.
     """
-    fitted = acceptance.fitted
-    if fitted is not None and fitted.origin.get("text") == file_fingerprint(path):
+    fitted, fingerprint = acceptance.fitted, file_fingerprint(path)
+    if fitted is not None and fitted.origin.get("text") == fingerprint:
         raise InputError(f"{path}: the acceptance map was fitted to this text; evaluate on another one")
     proposals, size = reader.read(path)
     constant = None if fitted is None else fitted.origin.get("constant")
@@ -136,7 +136,7 @@ def evaluate_perplexity(
     found = proposals.similarities[~np.isnan(proposals.similarities)]
     quantiles = np.percentile(found, [5, 25, 50, 75, 95]).tolist() if len(found) else None
     report = {
-        "text": {"file": path.name, "sha256": file_fingerprint(path), "windows": len(proposals.lengths)},
+        "text": {"file": path.name, "sha256": fingerprint, "windows": len(proposals.lengths)},
         "acceptance": acceptance.policy,
         "q_max": acceptance.q_max,
         "min_first_token_prob": acceptance.min_first_token_prob,

@@ -61,7 +61,7 @@ from utils.text.windows import WindowShape
 
 LOGGER = logging.getLogger(__name__)
 WARM_UP_TOKENS = 8
-LACKS_BOS = "its vectors are not those that generation meets; make it anew without --no_bos"
+LACKS_BOS = "its vectors are not those that generation meets; run stages 2 to 4 again without --no_bos"
 # How tokens are drawn where neither a flag nor the model's generation config says.
 DRAWING: dict[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
@@ -185,8 +185,8 @@ class Evaluation:
             tokenizer = tokenizer_fingerprint(self._tokenizer)
             folder = settings.datastore.trie_folder
             require_made_with(folder, model.path, tokenizer, self._model_fingerprint)
-            if prefix_ids and not reads_bos(folder):
-                LOGGER.warning("%s: its texts were read without BOS, which prompts have, so that %s", folder, LACKS_BOS)
+            if prefix_ids and (prompts or settings.texts.with_bos) and not reads_bos(folder):
+                LOGGER.warning("%s: was made without the BOS that is read here, so that %s", folder, LACKS_BOS)
         self._run_name = run_name(self._generation.decoding, settings.acceptance.similarity_threshold)
         map_path = settings.acceptance.map_path
         self._fitted: AcceptanceMap | None = read_map(map_path) if map_path else None

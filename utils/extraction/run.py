@@ -53,6 +53,7 @@ from utils.manifest import (
     list_files,
     read_manifest,
     require_as_written,
+    require_untouched,
     save_manifest,
 )
 from utils.progress import ProgressBar
@@ -243,6 +244,7 @@ class _Run:
                 raise InputError(f"{message}; delete it or choose another folder")
             return PreviousRun()
         manifest = self._begin()
+        require_untouched(self.files.manifest, manifest)
         results = manifest.results if manifest.complete else {}
         return PreviousRun(
             results,
@@ -281,7 +283,9 @@ class _Run:
     def _make_plan(self) -> dict[str, Any]:
         """Make the plan where it is not there yet; returns what it is made from. Raises InputError for unusable text."""
         made_from = {name: self.arguments[name] for name in ("chunk_size", "stride", "min_length")}
-        made_from |= {name: self.inputs[name] for name in ("text", "tokenizer")} | {"with_bos": self.settings.windows.with_bos}
+        made_from |= {name: self.inputs[name] for name in ("text", "tokenizer")} | {
+            "with_bos": self.settings.windows.with_bos
+        }
         with exclusive_lock(self.files.output_dir, f"{self.files.partition}_plan", wait=True):
             plan = load_plan(self.files.plan, made_from)
             if plan is None:

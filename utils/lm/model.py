@@ -5,15 +5,17 @@ The context vector of a position is what the LM head reads there: the last layer
 """
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from struct import error as StructError
+from tempfile import TemporaryDirectory
 from threading import get_ident
 from typing import Any
 
@@ -186,6 +188,11 @@ def fetch_file(model_path: str, name: str, cache_dir: Path | None) -> Path | Non
     folder = Path(model_path)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
+    return _fetch_from_hub(model_path, name, cache_dir)
+
+
+@cache  # a hub that does not answer costs many seconds each time
+def _fetch_from_hub(model_path: str, name: str, cache_dir: Path | None) -> Path | None:
     try:
         return Path(hf_hub_download(model_path, name, cache_dir=cache_dir))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
@@ -210,6 +217,7 @@ def _package_missing(model_path: str, error: ImportError) -> InputError:
 
 def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; raises InputError where the folder or the hub has none."""
+    _require_docstrings()
     source = find_source(model_path, cache_dir)
     try:
         with _quiet():
@@ -229,8 +237,14 @@ def load_tokenizer(model_path: str, cache_dir: Path | None = None) -> PreTrained
     return tokenizer
 
 
+def _require_docstrings() -> None:
+    if sys.flags.optimize > 1:
+        raise InputError("python -OO: removes the docstrings, which transformers reads; use -O, or leave it out")
+
+
 def load_config(model_path: str, cache_dir: Path | None = None) -> Any:
     """The model's config, without its weights; raises InputError where there is none or it is not a causal LM's."""
+    _require_docstrings()
     source = find_source(model_path, cache_dir)
     try:
         with _quiet():
@@ -340,7 +354,9 @@ def load_lm(
             raise
         raise InputError(f"{model_path}: its weights are damaged ({_first_line(error)}); copy them again") from error
     if missing:
-        raise InputError(f"{model_path}: {len(missing)} weights are missing, {min(missing)} the first; copy the model again")
+        raise InputError(
+            f"{model_path}: {len(missing)} weights are missing, {min(missing)} the first; copy the model again"
+        )
     lm = CausalLM((model.to(where) if device_map is None else model).eval(), model_path)
     _require_causal(lm)
     return lm
@@ -350,22 +366,38 @@ def _load_weights(
     source: ModelSource, config: Any, dtype: str, cache_dir: Path | None, device_map: str | None
 ) -> tuple[Any, set[str]]:
     """The model, and the names of its weights that are in none of its files."""
-    # An adapter is loaded after its base: loaded with it, what its base lacks would not be reported.
-    keywords = {"adapter_kwargs": {"subfolder": "no adapter"}} if source.adapter_config else {}
-    model, report = AutoModelForCausalLM.from_pretrained(
-        source.base,
-        **source.keywords,
-        **keywords,
-        config=config,
-        dtype=dtype,
-        cache_dir=cache_dir,
-        device_map=device_map,
-        output_loading_info=True,
-    )
+    with _base_alone(source) as base:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base,
+            **source.keywords,
+            config=config,
+            dtype=dtype,
+            cache_dir=cache_dir,
+            device_map=device_map,
+            output_loading_info=True,
+        )
+    model, report = loaded
     missing = set(report["missing_keys"])
-    if source.adapter_config:
+    if source.adapter_config and base != source.weights:
         missing |= model.load_adapter(source.weights, adapter_kwargs={"cache_dir": cache_dir}).missing_keys
     return model, missing
+
+
+@contextmanager
+def _base_alone(source: ModelSource) -> Iterator[str]:
+    """The model without an adapter that lies beside it, by links to its files; one on the hub is left with it.
+
+    Transformers loads such an adapter with the model, and then does not report what the model itself lacks.
+    """
+    folder = Path(source.base)
+    if source.adapter_config is None or not (folder / ADAPTER_CONFIG).is_file():
+        yield source.base
+        return
+    with TemporaryDirectory() as links:
+        for path in folder.iterdir():
+            if path.name != ADAPTER_CONFIG:
+                Path(links, path.name).symlink_to(path.absolute())
+        yield links
 
 
 @torch.inference_mode()

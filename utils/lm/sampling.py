@@ -42,12 +42,16 @@ READ_LOGITS_ALONE = (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+# What a generation config may ask of `generate` that goes with its own steps, so that it is not done here; and the
+# values under which `generate` does not do it either.
+NOT_HONOURED = {"num_beams": 1, **dict.fromkeys(("guidance_scale", "watermarking_config", "stop_strings", "max_time"))}
 # What a generation config says that is no matter of logits processors, or that our flags say.
 NOT_OF_PROCESSORS = {
+    *NOT_HONOURED,
     *("transformers_version", "_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
     *("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "cache_implementation"),
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-    *("num_beams", "num_return_sequences", "trust_remote_code", "chat_format", "assistant_early_exit"),
+    *("num_return_sequences", "trust_remote_code", "chat_format", "assistant_early_exit"),
 }
 
 # From a request's index, the ids before the token and logits (1, V) to processed logits (1, V).
@@ -123,12 +127,18 @@ def config_of_processors(config: GenerationConfig) -> dict[str, Any]:
     return {name: value for name, value in said.items() if name not in NOT_OF_PROCESSORS and value is not None}
 
 
+def not_honoured(config: GenerationConfig) -> list[str]:
+    """The names of what a generation config asks for that is not done here."""
+    said = config.to_diff_dict()
+    return [name for name in NOT_HONOURED if said.get(name) not in (None, 1)]
+
+
 def processors_of(
     model: PreTrainedModel, prompt_ids: list[int], max_new_tokens: int, greedy: bool
 ) -> LogitsProcessorList:
     """The processors that `generate` would use for a prompt, but for those of temperature, top-k and top-p.
 
-    Raises InputError where the generation config is not one that `generate` takes.
+    Raises ValueError or TypeError where the generation config is not one that `generate` takes.
     """
     found: list[LogitsProcessorList] = []
 
@@ -144,6 +154,10 @@ def processors_of(
         attention_mask=torch.ones_like(input_ids),
         custom_generate=record,
         max_new_tokens=max_new_tokens,
+        max_length=None,
+        num_return_sequences=1,
+        cache_implementation=None,  # none is needed
         **drawing,
+        **NOT_HONOURED,
     )
     return found[0]

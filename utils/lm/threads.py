@@ -29,8 +29,8 @@ def use_threads(lm: CausalLM, n_threads: int | None, earlier: int | None, n_toke
         with_default, with_one = _time_passes(lm, n_tokens, (default, 1))
         torch.set_num_threads(1 if with_one < with_default else default)
         if with_one < with_default:
-            times = f"a pass takes {with_default * 1e3:.3g} ms with {default} threads, {with_one * 1e3:.3g} ms with one"
-            LOGGER.warning("%s; going on with one (--threads %d: with %d)", times, default, default)
+            times = f"{with_default * 1e3:.3g} ms with {default} threads and {with_one * 1e3:.3g} ms with one"
+            LOGGER.warning("a forward pass takes %s, so one computes; --threads %d decides otherwise", times, default)
     return torch.get_num_threads()
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # a prompt file is checked before anything heavy is imported
 
 LOGGER = logging.getLogger(__name__)
 PLACEHOLDER = "{prompt}"
+STANDARD_INPUT = Path("the standard input")
 # A text on which tokenizers show what they add to it.
 PROBE = "a"
 LAYOUTS = (
@@ -51,6 +52,7 @@ def read_prompts(path: Path, all_turns: bool = False, n_copies: int = 1) -> list
     text.
     """
     text = _read_text(path)
+    path = STANDARD_INPUT if str(path) == "-" else path  # in messages
     if not text.strip():
         raise InputError(f"{path}: is empty; expected {LAYOUTS}")
     if text.lstrip()[0] == "[":
@@ -81,7 +83,7 @@ def _read_text(path: Path) -> str:
         try:
             return sys.stdin.buffer.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise InputError(f"the standard input: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+            raise InputError(f"{STANDARD_INPUT}: is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     # A pipe is no regular file, but can be read like one, once.
     if not path.is_fifo():
         require_file(path, "holds the prompts")
@@ -144,7 +146,7 @@ def added_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[
     plain = list(tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"])
     whole = list(tokenizer(PROBE, verbose=False)["input_ids"])
     for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
+        if plain and whole[start : start + len(plain)] == plain:
             return whole[:start], whole[start + len(plain) :]
     return [], []
 

@@ -149,8 +149,8 @@ def plan_windows(
     """Tokenise a text and cut it into windows, in memory that holds a few passages and 16 bytes a window.
 
     The ids go to an unnamed file in `folder`, 4 bytes each, which disappears with the plan or the process. n_bytes: the
-    text's size, for the progress bar; None: no bar. counts_bytes: fill in the plan's `n_bytes`. Raises InputError where no passage is long enough, a span touches no
-    token, or the folder's disk is full.
+    text's size, for the progress bar; None: no bar. counts_bytes: fill in the plan's `n_bytes`. Raises InputError where
+    no passage is long enough, a span touches no token, or the folder's disk is full.
     """
     bar = ProgressBar(total=n_bytes, desc="tokenising", unit="B", unit_scale=True, disable=n_bytes is None)
     try:
