@@ -19,7 +19,7 @@ from utils.files import InputError
 from utils.text.prompts import read_prompts
 from utils.text.python_docs import split_of
 
-WALK_THROUGHS = ("self_distillation", "knowledge_distillation", "expert_facts")
+WALK_THROUGHS = ("self_distillation", "knowledge_distillation", "expert_facts", "chat_model")
 # What decides what a virtual environment holds: it is set up anew where one of these has changed.
 PACKAGES = ("requirements-dev.txt", "requirements.txt", "constraints.txt")
 SCRIPTS = ("run_pipeline.sh", "run_tests.sh", ".ci/run", *(f"examples/{name}.sh" for name in WALK_THROUGHS))
@@ -140,7 +140,10 @@ def test_walk_through_ends_with_a_report_where_its_caller_wants_it(checkout: Pat
         (checkout / "examples" / script).write_bytes((ROOT / "examples" / script).read_bytes())
     (checkout / "examples/models/small").mkdir()
     (tmp_path / "my results").mkdir()
-    (tmp_path / "my results/questions.json").write_text("[]")  # which its own Python would write
+    # Which its own Python would write.
+    (tmp_path / "my results/questions.json").write_text("[]")
+    (tmp_path / "my results/smollm2").mkdir()
+    (checkout / "examples/chat_questions.json").write_text("[]")
     command = ["bash", str(checkout / "examples" / f"{name}.sh"), "my results"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
