@@ -5,7 +5,7 @@ counts what grows with the text (tokenising, forward passes, files, maps, checks
 the model). The bare loop keeps nothing, and reads the same windows in batches of the size that was fastest.
 
     example       the example's large model on its text
-    gpt2-small    a model of that shape with random weights, on the same text
+    gpt2-small, llama-1b    models of these shapes with random weights, on the same text
 
 Two processes with one thread each, by torchrun, are measured against one with two by the rates that stage 2 prints;
 memory by the peak of processes of their own on 1, 4 and 16 times the text, with a tiny model, which leaves the text's.
@@ -35,16 +35,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import extract_token_probs_and_memmap as stage_2
 from benchmarks.common import Spread, measure, spread_text, table, write_json
 from benchmarks.memory import run_measured
-from utils.cli import POSITIVE_INT, Parser, run_script
+from benchmarks.workloads import random_model
+from utils.cli import NON_NEGATIVE_INT, POSITIVE_INT, Parser, run_script
 from utils.json_io import write_json_list
-from utils.lm.model import load_lm, load_tokenizer
+from utils.lm.model import load_lm, load_tokenizer, pick_device, upload
 from utils.text.corpora import read_passages, split_path
 from utils.text.windows import WindowShape, plan_batches, plan_windows
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "models" / "large"
-MODELS = ("example", "gpt2-small")
+MODELS = ("example", "gpt2-small", "llama-tiny", "llama-1b")
 BATCH_SIZES = (1, 2, 4, 8)  # a few percent apart on a CPU; more only takes memory
+GPU_BATCH_SIZES = (8, 32, 64)
 SHAPE = WindowShape(512, 448, 64)
 RATE = re.compile(r"([\d,]+) tokens/s")
 MILLION = 1e6
@@ -52,13 +54,21 @@ MILLION = 1e6
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="to measure the speed of")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=["example", "gpt2-small"], help="to measure the speed of"
+    )
     parser.add_argument("--data_dir", type=Path, help="stage 1's output (default: python-docs is made)")
     parser.add_argument(
         "--passages", type=POSITIVE_INT, nargs="+", default=[150, 6], help="of the text, for each model"
     )
     parser.add_argument("--repeats", type=POSITIVE_INT, default=5, help="of each measurement")
-    parser.add_argument("--memory_passages", type=POSITIVE_INT, default=100, help="that are 1x of the text for memory")
+    parser.add_argument(
+        "--memory_passages",
+        type=NON_NEGATIVE_INT,
+        default=100,
+        help="that are 1x of the text for memory; 0: not measured",
+    )
+    parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--output", type=Path, help="JSON file of all results")
     args = parser.parse_args(argv)
     if len(args.passages) != len(args.models):
@@ -74,18 +84,17 @@ def main(argv: list[str] | None = None) -> None:
         results: dict[str, Any] = {"speed": [], "growth": []}
         for name, n_passages in zip(args.models, args.passages, strict=True):
             model = model_folder(name, work)
-            found = measure_extraction(model, data_dir, work, n_passages=n_passages, repeats=args.repeats)
+            found = measure_extraction(
+                model, data_dir, work, n_passages=n_passages, repeats=args.repeats, device=args.device
+            )
             results["speed"].append({"model": name, **found})
             print(table(["", name], speed_rows(found)), end="\n\n", flush=True)
-        results["growth"] = measure_growth(data_dir, work, args.memory_passages)
-        print(
-            table(
-                ["tokens", "peak memory, MB", "of it in no file", "disk, MB", "tokens/s"],
-                growth_rows(results["growth"]),
-            )
-        )
+        if args.memory_passages:
+            results["growth"] = measure_growth(data_dir, work, args.memory_passages)
+            header = ["tokens", "peak memory, MB", "of it in no file", "disk, MB", "tokens/s"]
+            print(table(header, growth_rows(results["growth"])))
     if args.output:
-        write_json(args.output, torch.device("cpu"), argv, results)
+        write_json(args.output, pick_device(args.device), argv, results)
 
 
 def make_data(folder: Path) -> Path:
@@ -96,18 +105,11 @@ def make_data(folder: Path) -> Path:
 
 
 def model_folder(name: str, work: Path) -> Path:
-    """The example's model, or one with random weights and the example's tokenizer: gpt2-small, or tiny."""
+    """The example's model, or one with random weights and the example's tokenizer."""
     if name == "example":
         return EXAMPLE
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    config = (
-        GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=4096, bos_token_id=0, eos_token_id=0)
-        if name == "tiny"
-        else GPT2Config()
-    )
-    GPT2LMHeadModel(config).save_pretrained(work / name)
+    # The 1B shape in 16 bits, as it would be on the hub.
+    random_model(name, "cpu", "bfloat16" if name == "llama-1b" else "float32").save_pretrained(work / name)
     load_tokenizer(str(EXAMPLE)).save_pretrained(work / name)
     return work / name
 
@@ -125,7 +127,14 @@ def write_text(data_dir: Path, folder: Path, n_passages: int, n_copies: int = 1)
 
 
 def measure_extraction(
-    model: Path, data_dir: Path, work: Path, *, n_passages: int, repeats: int, batch_size: int | None = None
+    model: Path,
+    data_dir: Path,
+    work: Path,
+    *,
+    n_passages: int,
+    repeats: int,
+    batch_size: int | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Stage 2's speed on the first passages of a text, as ratios, and the bytes that it leaves.
 
@@ -133,11 +142,11 @@ def measure_extraction(
     `to_bare_loop` (tokens/s of stage 2 to those of the bare loop at its best batch size: the text's share of the
     command), `extracting_to_bare_loop` (the same for the part that stage 2's printed rate is of: forward passes with
     what is written behind them), `two_processes` (printed tokens/s of two processes with a thread each to one with two;
-    None where this process may use one core only), each as median and quartiles over the repeats; and numbers:
+    None on a GPU, and where this process may use one core only), each as median and quartiles over the repeats; and numbers:
     `tokens`, `bare_batch_size`, `bare_tokens_per_s`, `tokens_per_s`, `bytes_per_token` by kind of file.
     """
     text, one = write_text(data_dir, work / "text", n_passages), write_text(data_dir, work / "one_text", 1)
-    flags = ["--model_path", str(model), "--partition", "train", "--construct_memmap", "--quiet"]
+    flags = ["--model_path", str(model), "--partition", "train", "--construct_memmap", "--quiet", "--device", device]
     flags += ["--batch_size", str(batch_size)] if batch_size else []
     printed: list[float] = []
 
@@ -146,7 +155,7 @@ def measure_extraction(
             stage_2.main([*flags, "--data_dir", str(data), "--output_dir", str(out)])
         printed.append(rate_of(said.getvalue()))
 
-    size, bare, n_tokens = bare_loop(model, text, work)
+    size, bare, n_tokens = bare_loop(model, text, work, device)
     seconds = measure({"bare": bare, "stage": lambda: run(text), "start": lambda: run(one)}, repeats=repeats)
     n_of_one = windows_of(model, one, work)[1]
     of_text = [a - b for a, b in zip(seconds["stage"].values, seconds["start"].values, strict=True)]
@@ -156,7 +165,7 @@ def measure_extraction(
     return {
         "to_bare_loop": rate.over(bare_rate).as_json(),
         "extracting_to_bare_loop": extracting.over(bare_rate).as_json(),
-        "two_processes": two_processes(flags, text, work, repeats),
+        "two_processes": two_processes(flags, text, work, repeats) if device == "cpu" else None,
         "tokens": n_tokens,
         "bare_batch_size": size,
         "bare_tokens_per_s": bare_rate.as_json(),
@@ -170,22 +179,25 @@ def windows_of(model: Path, text: Path, work: Path) -> tuple[Any, int]:
     return plan, plan.n_tokens
 
 
-def bare_loop(model: Path, text: Path, work: Path) -> tuple[int, Callable[[], None], int]:
+def bare_loop(model: Path, text: Path, work: Path, device: str) -> tuple[int, Callable[[], None], int]:
     """The batch size at which reading the windows is fastest, a function that reads them so, and their tokens."""
-    lm = load_lm(str(model), "cpu")
+    lm = load_lm(str(model), device)
+    sizes = BATCH_SIZES if lm.device.type == "cpu" else GPU_BATCH_SIZES
     plan, n_tokens = windows_of(model, text, work)
 
     def read(batches: list[torch.Tensor]) -> None:
         with torch.inference_mode():
             for input_ids in batches:
-                lm.model(input_ids)
+                lm.model(upload(input_ids, lm.device))
+            if lm.device.type == "cuda":
+                torch.cuda.synchronize(lm.device)
 
     def batches_of(size: int, windows: np.ndarray) -> list[torch.Tensor]:
         planned = plan_batches(plan.lengths[windows], size)
         return [torch.from_numpy(plan.batch_token_ids(windows[batch]).astype(np.int64)) for batch in planned]
 
-    whole = np.flatnonzero(plan.lengths == plan.lengths.max())[: BATCH_SIZES[-1]]
-    tried = {size: batches_of(size, whole) for size in BATCH_SIZES if size <= len(whole)}
+    whole = np.flatnonzero(plan.lengths == plan.lengths.max())[: sizes[-1]]
+    tried = {size: batches_of(size, whole) for size in sizes if size <= len(whole)}
     seconds = measure({str(size): lambda b=b: read(b) for size, b in tried.items()}, repeats=2)  # type: ignore[misc]
     best = min(tried, key=lambda size: min(seconds[str(size)].values))
     batches = batches_of(best, np.arange(plan.n_windows))
@@ -242,7 +254,7 @@ def measure_growth(
     data_dir: Path, work: Path, n_passages: int, copies: tuple[int, ...] = (1, 4, 16)
 ) -> list[dict[str, Any]]:
     """Peak memory of a process, and the disk it fills, with a tiny model on several times the same text."""
-    model, found = model_folder("tiny", work), []
+    model, found = model_folder("llama-tiny", work), []
     for n_copies in copies:
         text = write_text(data_dir, work / "copies", n_passages, n_copies)
         flags = ["--model_path", model, "--data_dir", text, "--partition", "train", "--construct_memmap", "--quiet"]

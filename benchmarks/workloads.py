@@ -69,7 +69,7 @@ def load_workload(
     rows = rows or (LARGE_ROWS if name == "llama-7b" else ROWS)
     if name == "llama-7b":
         _require_room_for_7b(device, rows)
-    lm = CausalLM(_random_model(name, device, dtype).eval(), name)
+    lm = CausalLM(random_model(name, device, dtype).eval(), name)
     n_ids = lm.model.config.vocab_size
     prompts = np.random.default_rng(0).integers(0, n_ids, (n_prompts, PROMPT_TOKENS)).tolist()
     written = _greedy_token_ids(lm, prompts)
@@ -77,7 +77,7 @@ def load_workload(
     return Workload(name, lm, prompts, [_synthetic_stores(lm, n, written, acceptance) for n in rows], True)
 
 
-WORKLOADS = ("example", "gpt2-small", "llama-1b", "llama-7b")
+WORKLOADS = ("example", "gpt2-small", "llama-tiny", "llama-1b", "llama-7b")
 # Of synthetic tries, where the command says nothing else.
 ROWS, LARGE_ROWS = (1000, 10_000, 100_000), (100_000, 1_000_000)
 
@@ -115,7 +115,8 @@ def _passages(folder: Path) -> list[list[int]]:
 # ---- Random weights
 
 
-def _random_model(name: str, device: str, dtype: str) -> Any:
+def random_model(name: str, device: str, dtype: str) -> Any:
+    """Random weights in the shape of a known model; dtype auto: float32 on a CPU, else bfloat16."""
     where = pick_device(device)
     kind = ("float32" if where.type == "cpu" else "bfloat16") if dtype == "auto" else dtype
     torch.manual_seed(0)
@@ -128,6 +129,15 @@ def _random_model(name: str, device: str, dtype: str) -> Any:
 
 
 LLAMAS = {
+    # For trying a command out
+    "llama-tiny": LlamaConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+    ),
     # Llama 3.2 1B
     "llama-1b": LlamaConfig(
         vocab_size=128_256,

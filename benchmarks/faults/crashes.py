@@ -371,7 +371,7 @@ def build_stages(model: Path, root: Path) -> list[Stage]:
 
     def eval_flags(folder: Path, save_dir: str, *flags: object) -> list[object]:
         found = ["--model_path", model, "--token_trie_dir", folder / "tries", "--dataset", "texts", *LABELS]
-        return [*found, "--save_dir", folder / save_dir, "--device", "cpu", "--max_new_tokens", 5, *flags]
+        return [*found, "--save_dir", folder / save_dir, "--device", "cpu", *flags]
 
     def tries_flags(folder: Path) -> list[object]:
         found = ["--token_prob_dir", folder / "extracted", "--output_dir", folder / "tries", "--model_name", model]
@@ -400,7 +400,11 @@ def build_stages(model: Path, root: Path) -> list[Stage]:
         return eval_flags(folder, "perplexity", *paths, "--max_windows", 3, "--perplexity_window", 32)
 
     def prompted(save_dir: str, *flags: object) -> Callable[[Path], list[object]]:
-        return lambda folder: eval_flags(folder, save_dir, "--prompt_file", folder / "prompts.json", *flags)
+        def of_folder(folder: Path) -> list[object]:
+            prompts = ("--prompt_file", folder / "prompts.json", "--max_new_tokens", 5)
+            return eval_flags(folder, save_dir, *prompts, *flags)
+
+        return of_folder
 
     recipes: list[tuple[str, str, Callable[[Path], list[object]], int]] = [
         ("1 preprocess", "preprocess_dataset.py", texts_of, 1),

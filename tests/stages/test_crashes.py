@@ -63,7 +63,7 @@ def test_a_killed_worker_ends_the_stage_in_one_line_and_costs_little(
     found, (end,) = stage.crashed_and_run_again(tmp_path, [Crash(at_operation=0, of_workers=True)])
     assert end.status == 2
     assert "struck before" in end.stderr
-    assert "a worker process was ended from outside" in end.last_line
+    assert "a worker process was killed" in end.last_line
     assert not difference(found, stage.undisturbed(tmp_path))
 
 

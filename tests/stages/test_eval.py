@@ -184,7 +184,7 @@ REFUSED: dict[str, tuple[Callable[[Pipeline, list[object]], list[object]], str]]
     "prompts a folder": (lambda p, f: replaced(f, "--prompt_file", p.root), "not a file"),
     "prompts empty": (lambda p, f: replaced(f, "--prompt_file", write(p.root / "p", "")), "is empty"),
     "empty prompt": (lambda p, f: replaced(f, "--prompt_file", write(p.root / "p", '["a", ""]')), "prompt 1"),
-    "prompts truncated": (lambda p, f: replaced(f, "--prompt_file", write(p.root / "p", '["a", "b')), "not whole JSON"),
+    "prompts truncated": (lambda p, f: replaced(f, "--prompt_file", write(p.root / "p", '["a", "b')), "not valid JSON"),
     "prompts not UTF-8": (lambda p, f: replaced(f, "--prompt_file", write(p.root / "p", b'["\xff"]')), "not UTF-8"),
     "prompt too long": (lambda p, f: [*f[:-4], "--max_new_tokens", 126], "128 positions"),
     "template without place": (lambda p, f: [*f, "--prompt_template", "Q:"], r"no \{prompt\}"),

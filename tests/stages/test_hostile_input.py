@@ -67,7 +67,7 @@ def test_a_npy_header_is_held_against_the_size_of_its_file(tmp_path: Path, n_row
     header += b" " * (-(len(header) + 11) % 64) + b"\n"
     path = tmp_path / "hidden_states_0.npy"
     path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(128))
-    with pytest.raises(InputError, match=rf"hidden_states_0\.npy: is cut off or no \.npy file \(.*{message}"):
+    with pytest.raises(InputError, match=rf"hidden_states_0\.npy: is cut off or not a \.npy file \(.*{message}"):
         read_hidden_states(tmp_path, 0)
 
 
@@ -83,7 +83,7 @@ def test_numpys_own_files_are_read_and_its_archives_and_objects_are_not(tmp_path
         lambda: path.write_bytes(b"\x93NUMPY\x01\x00\x10\x00{'descr': ((((((("),
     ):
         damage()
-        with pytest.raises(InputError, match=r"is cut off or no \.npy file"):
+        with pytest.raises(InputError, match=r"is cut off or not a \.npy file"):
             read_hidden_states(tmp_path, 0)
 
 
@@ -146,5 +146,5 @@ def test_seconds_that_cannot_be_summed_up_are_no_result(whole: Path, tmp_path: P
     text, n = re.subn(r'("lm_seconds": )[-0-9.e]+', rf"\g<1>{value}", path.read_text())
     assert n >= 1
     path.write_text(text)
-    with pytest.raises(InputError, match=r"prompt_0\.json: is no whole result file"):
+    with pytest.raises(InputError, match=r"prompt_0\.json: is not a complete result file"):
         write_summary(folder)

@@ -198,7 +198,7 @@ def adding(tokenizer: PreTrainedTokenizerBase, template: str) -> Any:
     """The same tokenizer with another template of what it adds to a text."""
     from tokenizers import processors
 
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[attr-defined]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     return tokenizer
