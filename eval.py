@@ -76,6 +76,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         " its likeliest token; 0, the paper's rule, does not ask the LM",
     )
     parser.add_argument(
+        "--reject_repeats",
+        action="store_true",
+        help="accept no chunk with which the text would end in the same 1 to 32 tokens twice in a row",
+    )
+    parser.add_argument(
         "--q_max",
         type=Range(float, above=0, below=1),
         default=0.999,
@@ -153,7 +158,14 @@ def refuse_idle_flags(parser: StageParser, args: argparse.Namespace) -> None:
         names = ("draft_shape", "max_draft_tokens", "draft_neighbors", "draft_temperature", "live", "draft_growth")
         parser.refuse_flags(args, names, "is about drafts, so it needs --decoding verify")
     if args.gen_baseline_only or (args.decoding == "verify" and not (args.perplexity_file or args.fit_acceptance)):
-        names = ("min_first_token_prob", "acceptance", "q_max", "acceptance_map", "sweep_similarity_threshold")
+        names = (
+            "min_first_token_prob",
+            "reject_repeats",
+            "acceptance",
+            "q_max",
+            "acceptance_map",
+            "sweep_similarity_threshold",
+        )
         parser.refuse_flags(args, names, "is about the acceptance of chunks, of which there is none here")
     if args.temperature == 0:
         parser.refuse_flags(args, ("top_k", "top_p"), "says nothing at --temperature 0, which draws nothing")
@@ -309,7 +321,12 @@ def settings_of(
         model=runner.ModelSettings(args.model_path, args.cache_dir, args.device, args.dtype, args.threads),
         datastore=datastore,
         acceptance=runner.AcceptanceSettings(
-            args.similarity_threshold, args.acceptance, args.q_max, args.acceptance_map, args.min_first_token_prob
+            args.similarity_threshold,
+            args.acceptance,
+            args.q_max,
+            args.acceptance_map,
+            args.min_first_token_prob,
+            args.reject_repeats,
         ),
         generation=generation,
         texts=texts,

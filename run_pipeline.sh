@@ -71,6 +71,7 @@ Generation
   --similarity_threshold θ   in [-1, 1]: cosine similarity from which a chunk is accepted (default: $similarity_threshold)
   --min_first_token_prob δ   in [0, 1]: share of the LM's likeliest token that the LM must give a chunk's first token
                              (default: 0, which does not ask the LM)
+  --reject_repeats           accept no chunk with which the text would repeat its last tokens
   --acceptance NAME          threshold or bernoulli (default: threshold)
   --max_new_tokens N         per prompt (default: $max_new_tokens)
   --temperature T            of the model's tokens; 0 is greedy (default: $temperature)
@@ -102,7 +103,7 @@ parse_flags() {
             usage
             exit 0
             ;;
-        --chat | --overwrite)
+        --chat | --reject_repeats | --overwrite)
             eval_flags+=("$1")
             shift
             continue

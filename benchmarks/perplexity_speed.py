@@ -106,8 +106,9 @@ def timed_reading(lm: CausalLM, token_ids: np.ndarray, batch_size: int) -> tuple
     places = np.arange(n_windows * n)
     # What the LM gives to each token has no bearing on the time: one probability for all.
     log_probs, left = np.full(len(places), -10.0), np.tile(np.arange(n, 0, -1), n_windows)
+    before = np.tile(np.arange(n), n_windows)
     entries, following = token_ids[:, :-1].ravel(), token_ids[:, 1:].ravel()
-    return Positions(entries, places, np.concatenate(hidden), following, log_probs, left), seconds
+    return Positions(entries, places, np.concatenate(hidden), following, log_probs, left, before), seconds
 
 
 def measure_part(lm: CausalLM, datastore: Datastore, token_ids: np.ndarray, batch_size: int) -> dict[str, float]:

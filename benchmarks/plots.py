@@ -52,7 +52,7 @@ STYLE: Any = {
 WIDTH, HEIGHT = 4.2, 3.0  # inches, of one panel
 
 # A row of the table of efficiency, as it is named there.
-SETTING = re.compile(r"(γ \S+), θ ([^\s,]+)(, δ \S+)?")
+SETTING = re.compile(r"(γ \S+), θ ([^\s,]+)(, .+)?")
 BUILD_STAGES = {"stage 3": "3, chunks", "stage 4": "4, context vectors", "flattening": "5, flattening"}
 
 Point = tuple[float, float, float, float]  # place, value, lower, upper

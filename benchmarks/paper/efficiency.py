@@ -115,6 +115,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="δ",
         help="shares of the LM's likeliest token that a chunk's first token needs",
     )
+    parser.add_argument("--reject_repeats", action="store_true", help="also with chunks rejected that repeat the text")
     parser.add_argument("--output", type=Path, help="JSON file of all results")
     return parser.parse_args(argv)
 
@@ -163,14 +164,16 @@ def answers(args: argparse.Namespace, work: Work) -> Work:
 def ways(asking: Asking, datastores: dict[float, Datastore]) -> dict[str, Callable[[], Decoding]]:
     """Chunk mode at each γ, δ and θ."""
     args = asking.args
-    return {
-        (f"γ {gamma:g}, θ {threshold:g}" + (f", δ {least:g}" if least else "")): partial(
-            asking.chunk_mode, datastore, threshold, least
-        )
-        for gamma, datastore in datastores.items()
-        for least in sorted(set(args.min_first_token_probs))
-        for threshold in sorted(set(args.similarity_thresholds))
-    }
+    rules = [(least, False) for least in sorted(set(args.min_first_token_probs))]
+    rules += [(least, True) for least, _ in rules if args.reject_repeats]
+    found: dict[str, Callable[[], Decoding]] = {}
+    for gamma, datastore in datastores.items():
+        for least, reject_repeats in rules:
+            for theta in sorted(set(args.similarity_thresholds)):
+                name = f"γ {gamma:g}, θ {theta:g}" + (f", δ {least:g}" if least else "")
+                name += ", no repeats" if reject_repeats else ""
+                found[name] = partial(asking.chunk_mode, datastore, theta, least, reject_repeats)
+    return found
 
 
 # ---- Figures

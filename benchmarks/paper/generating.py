@@ -126,10 +126,16 @@ class Asking:
         )
 
     def chunk_mode(
-        self, datastore: Datastore, similarity_threshold: float, min_first_token_prob: float = 0.0
+        self,
+        datastore: Datastore,
+        similarity_threshold: float,
+        min_first_token_prob: float = 0.0,
+        reject_repeats: bool = False,
     ) -> Decoding:
-        """With chunks that are accepted from a similarity on, and where the LM gives their first token enough."""
-        acceptance = Acceptance(similarity_threshold, min_first_token_prob=min_first_token_prob)
+        """With chunks that are accepted from a similarity on, and by the rules beyond the paper's."""
+        acceptance = Acceptance(
+            similarity_threshold, min_first_token_prob=min_first_token_prob, reject_repeats=reject_repeats
+        )
         return replace(self.decoding(), retriever=Retriever(datastore, acceptance))
 
     def generate(self, ways: Mapping[str, Callable[[], Decoding]]) -> Generations:

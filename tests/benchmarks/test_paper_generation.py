@@ -127,7 +127,7 @@ def test_only_chunks_take_a_text_away_from_the_lms_distribution(asking: Asking) 
 
 def test_efficiency_is_compared_with_the_baseline_of_the_same_seed(asking: Asking) -> None:
     datastore = datastore_near_text(asking.lm, asking.prompts, 8, wrong=True)
-    vars(asking.args).update(similarity_thresholds=[1.0, -1.0], min_first_token_probs=[0.0, 1.0])
+    vars(asking.args).update(similarity_thresholds=[1.0, -1.0], min_first_token_probs=[0.0, 1.0], reject_repeats=False)
     ways = {BASELINE: asking.decoding} | efficiency.ways(asking, {0.5: datastore})
     rows = efficiency.figures(asking, asking.generate(ways))
     gated = ["γ 0.5, θ -1, δ 1", "γ 0.5, θ 1, δ 1"]

@@ -5,8 +5,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from utils.decoding.acceptance import Acceptance, AcceptanceMap, read_map, save_map
+from utils.decoding.acceptance import (
+    LONGEST_REPEAT,
+    Acceptance,
+    AcceptanceMap,
+    ends_in_repeat,
+    read_map,
+    save_map,
+    tail_of,
+)
 from utils.files import InputError
 from utils.json_io import write_json
 
@@ -78,3 +88,20 @@ def test_a_file_that_is_no_map_is_refused(tmp_path: Path, value: Any) -> None:
         InputError, match=r"map\.json: is not an acceptance map of ascending knots in \[0, 1\); fit one"
     ):
         read_map(tmp_path / "map.json")
+
+
+# ---- Repeats
+
+
+@given(st.lists(st.integers(0, 2), max_size=80))
+def test_a_repeat_is_the_same_tokens_twice_at_the_end(token_ids: list[int]) -> None:
+    lengths = range(1, min(LONGEST_REPEAT, len(token_ids) // 2) + 1)
+    expected = any(token_ids[-n:] == token_ids[-2 * n : -n] for n in lengths)
+    assert ends_in_repeat(tail_of(token_ids)).tolist() == [expected]
+
+
+def test_a_repeat_may_be_as_long_as_32_tokens_and_no_longer() -> None:
+    for n, expected in ((31, True), (32, True), (33, False)):
+        text = list(range(n))
+        assert ends_in_repeat(tail_of([99, *text, *text])).tolist() == [expected]
+    assert ends_in_repeat(tail_of([])).tolist() == [False]

@@ -35,6 +35,7 @@ def naive(
     theta: float,
     eos: frozenset[int] = NO_EOS,
     delta: float = 0.0,
+    reject_repeats: bool = False,
 ):
     """Recomputes the whole text for every step and looks at every row of every trie in Python."""
     text, n_forward = list(prompt), 0
@@ -54,6 +55,9 @@ def naive(
                     best, found = similarity, token_trie.chunk(row)
             probs = logits[0, -1].double().softmax(-1)
             accepted = found and best >= theta and theta < 1 and float(probs[found[0]]) >= delta * float(probs.max())
+            if accepted and reject_repeats:
+                whole = text + found
+                accepted = not any(whole[-n:] == whole[-2 * n : -n] for n in range(1, min(32, len(whole) // 2) + 1))
             emitted = found if found and accepted else [int(logits[0, -1].argmax())]
             kept: list[int] = []
             for token in emitted:
@@ -124,8 +128,25 @@ def test_a_newline_that_proposes_itself_for_ever_is_stopped_by_the_lm(lm):
     assert looping.new_token_ids == [newline] * 24
     (plain,) = generate(lm, [prompt], 24)
     (gated,) = generate(lm, [prompt], 24, Retriever(store, Acceptance(-1.0, min_first_token_prob=0.3)))
+    (no_repeats,) = generate(lm, [prompt], 24, Retriever(store, Acceptance(-1.0, reject_repeats=True)))
     assert gated.new_token_ids != looping.new_token_ids
+    assert no_repeats.new_token_ids == plain.new_token_ids
     assert plain.new_token_ids != looping.new_token_ids
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_rejected_repeats_equal_a_naive_decoder_token_for_token(lm, batch_size):
+    store = datastore_near_text(lm, PROMPTS, 20)  # of texts that repeat themselves
+    how = Acceptance(0.5, reject_repeats=True)
+    got = generate(lm, PROMPTS, 25, Retriever(store, how), batch_size)
+    for generation, prompt in zip(got, PROMPTS, strict=True):
+        tokens, chunks, n_forward = naive(lm, prompt, 25, store, 0.5, reject_repeats=True)
+        assert generation.new_token_ids == tokens
+        assert generation.stats.forward_passes == n_forward
+        assert [(chunk.position, chunk.token_ids) for chunk in generation.chunks] == chunks
+    without = generate(lm, PROMPTS, 25, Retriever(store, Acceptance(0.5)), batch_size)
+    n_chunks = [sum(len(generation.chunks) for generation in each) for each in (got, without)]
+    assert n_chunks[0] < n_chunks[1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -242,7 +242,9 @@ def test_the_gate_leaves_out_the_proposals_that_the_lm_rejects(delta, plan_of):
     store = datastore_near_text(lm, PROMPTS, 20, wrong=True)
     windows = [[*PROMPTS[2], 70, 10, 5, 15], list(range(1, 12)), [5, 6, 7, 8, 22, 15]]
     plan = plan_of(windows)
-    every, found = (find_proposals(lm, store, plan, 2, least) for least in (0.0, delta))
+    every, found = (
+        find_proposals(lm, store, plan, 2, Acceptance(0, min_first_token_prob=least)) for least in (0.0, delta)
+    )
     np.testing.assert_array_equal(found.log_probs, every.log_probs)
     at = n_left_out = 0
     for window in windows:
@@ -263,3 +265,30 @@ def test_the_gate_leaves_out_the_proposals_that_the_lm_rejects(delta, plan_of):
                 n_left_out += not passes
             at += 1
     assert n_left_out
+
+
+def test_proposals_that_repeat_the_text_are_left_out(plan_of):
+    lm = tiny_lm("llama")
+    store = datastore_near_text(lm, PROMPTS, 20)
+    with torch.inference_mode():
+        text = list(PROMPTS[0])
+        for _ in range(30):
+            text.append(int(lm.forward(torch.tensor([text]))[1][0, -1].argmax()))
+    windows = [text, [5, 6, 5, 6, 7, 8, 5, 6], [7, 3] * 40]
+    plan = plan_of(windows)
+    every, found = (find_proposals(lm, store, plan, 2, how) for how in (None, Acceptance(0, reject_repeats=True)))
+    at = n_left_out = 0
+    for window in windows:
+        with torch.inference_mode():
+            hidden_states, _ = lm.forward(torch.tensor([window]))
+        for i in range(len(window) - 1):
+            token_trie = store.trie(window[i])
+            if token_trie is not None:
+                row, _ = token_trie.index.nearest(hidden_states[0, i])
+                whole = window[: i + 1] + token_trie.chunk(row)
+                repeats = any(whole[-n:] == whole[-2 * n : -n] for n in range(1, min(32, len(whole) // 2) + 1))
+                assert np.isnan(found.similarities[at]) == repeats
+                assert found.chunk_lengths[at] == (0 if repeats else every.chunk_lengths[at])
+                n_left_out += repeats
+            at += 1
+    assert 0 < n_left_out < at

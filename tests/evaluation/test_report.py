@@ -101,6 +101,7 @@ def hand_made(path: Path, n_texts: int = 1, n_tokens: int = 6, **changed: Any) -
         "facts": [(HOSTILE[1], HOSTILE[2])],
         "similarity_threshold": 0.9,
         "min_first_token_prob": 0.0,
+        "reject_repeats": False,
         "policy": "threshold",
         "acceptance_map": AcceptanceMap.from_threshold(0.9, 0.999),
         "is_fitted": False,
@@ -592,6 +593,16 @@ def write_large(path: Path, words: list[str], n_texts: int = 200, n_tokens: int 
 
     trie_folder = write_windows(path.parent, n_windows, n_words)
     run = ReportRun(
-        RUN, "large", [], 0.9, 0.0, "threshold", AcceptanceMap.from_threshold(0.9, 0.999), False, "x", trie_folder
+        RUN,
+        "large",
+        [],
+        0.9,
+        0.0,
+        False,
+        "threshold",
+        AcceptanceMap.from_threshold(0.9, 0.999),
+        False,
+        "x",
+        trie_folder,
     )
     write_report(path, run, {"runs": {}}, texts(), decode, rescored)

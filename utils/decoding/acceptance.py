@@ -6,9 +6,12 @@ file. The policy `threshold` accepts a proposal iff s >= θ, or with a fitted ma
 with probability g(s).
 
 Beyond the paper, the LM may have a say: a chunk is accepted only where the LM gives its first token c₁ a probability
-p(c₁) >= δ · max p. The logits are there anyway when a chunk is proposed. It depends on the text so far alone, as q does.
+p(c₁) >= δ · max p. The logits are there anyway when a chunk is proposed. And a chunk may be rejected with which the text
+would end in the same tokens twice in a row: an LM that has begun to repeat itself finds the next repetition likely. Both
+depend on the text so far and the proposal alone, as q does, so that the probability of a text stays an exact sum.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +22,7 @@ from utils.files import InputError
 from utils.json_io import read_json, write_json
 
 Policy = Literal["threshold", "bernoulli"]
+LONGEST_REPEAT = 32  # tokens
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,32 @@ def read_map(path: Path) -> AcceptanceMap:
     return AcceptanceMap(tuple(similarities.tolist()), tuple(probabilities.tolist()), origin)
 
 
+def ends_in_repeat(tails: np.ndarray) -> np.ndarray:
+    """(n,) bool: whether a text ends in the same 1 to LONGEST_REPEAT tokens twice in a row.
+
+    tails (n, 2 * LONGEST_REPEAT): the last token ids of each text, -1 on the left where it is shorter.
+    """
+    found = np.zeros(len(tails), dtype=bool)
+    for length in range(1, LONGEST_REPEAT + 1):
+        last, before = tails[:, -length:], tails[:, -2 * length : tails.shape[1] - length]
+        found |= (last == before).all(axis=1) & (before[:, 0] >= 0)
+    return found
+
+
+def tail_of(token_ids: Sequence[int]) -> np.ndarray:
+    """(1, 2 * LONGEST_REPEAT): the end of a text, as `ends_in_repeat` takes it."""
+    last = token_ids[-2 * LONGEST_REPEAT :]
+    return np.array([[-1] * (2 * LONGEST_REPEAT - len(last)) + list(last)])
+
+
 @dataclass(frozen=True)
 class Acceptance:
     """Which proposals become text.
 
     similarity_threshold θ in [-1, 1], where 1 disables retrieval; q_max in (0, 1) caps the default map, and under
     `threshold` is the acceptance probability from θ on; fitted: a map that takes the place of θ's; min_first_token_prob
-    δ in [0, 1]: the least probability of a chunk's first token, relative to the LM's likeliest, 0 for the paper's rule.
+    δ in [0, 1]: the least probability of a chunk's first token, relative to the LM's likeliest, 0 for the paper's rule;
+    reject_repeats: whether chunks are rejected with which the text `ends_in_repeat`.
     """
 
     similarity_threshold: float
@@ -83,6 +106,7 @@ class Acceptance:
     q_max: float = 0.999
     fitted: AcceptanceMap | None = None
     min_first_token_prob: float = 0.0
+    reject_repeats: bool = False
 
     @property
     def asks_lm(self) -> bool:

@@ -52,6 +52,7 @@ def chunk_generate(
     similarity_threshold: float = 0.5,
     acceptance: Policy = "threshold",
     min_first_token_prob: float = 0.0,
+    reject_repeats: bool = False,
     draft_settings: DraftSettings | None = None,
     text_streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
@@ -60,7 +61,8 @@ def chunk_generate(
 
     input_ids (B, T) int64, padded on the left where the attention mask is 0. datastore: as `open_datastore` returns it;
     None generates plain text. `chunk` emits what is retrieved from similarity_threshold θ on, and where the LM gives its
-    first token min_first_token_prob δ of what it gives its likeliest; `verify` lets the LM confirm drafts, so that the
+    first token min_first_token_prob δ of what it gives its likeliest, with reject_repeats but for chunks that would make
+    the text repeat itself; `verify` lets the LM confirm drafts, so that the
     text is the LM's own. text_streamer: a streamer of transformers, for one prompt; `generate`
     itself passes none on under the name `streamer`. Raises ValueError for what cannot be honoured: beams, scores and the
     like to return, `inputs_embeds`, processors with a state of their own; and for a prompt that with its new tokens does
@@ -85,7 +87,9 @@ def chunk_generate(
     if decoding == "verify":
         drafter = RetrievalDrafter(datastore, draft_settings or DraftSettings())
     elif datastore is not None:
-        rule = Acceptance(similarity_threshold, acceptance, min_first_token_prob=min_first_token_prob)
+        rule = Acceptance(
+            similarity_threshold, acceptance, min_first_token_prob=min_first_token_prob, reject_repeats=reject_repeats
+        )
         retriever = Retriever(datastore, rule)
     padded = _Padded(input_ids, prompts)
     loop = Decoding(

@@ -270,7 +270,7 @@ class _Loop:
         assert self._decoding.retriever is not None
         uniform = sequence.acceptance_uniforms[sequence.n_new]
         found = next(values) if search.is_pending else None
-        proposal = self._decoding.retriever.proposal(search, found, uniform)
+        proposal = self._decoding.retriever.proposal(search, found, uniform, sequence.token_ids)
         place = len(sequence.token_ids)
         sequence.proposals.append(ProposalRecord(place, proposal.row, proposal.similarity, proposal.first_token_prob))
         if not proposal.accepted:

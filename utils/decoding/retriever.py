@@ -8,7 +8,7 @@ from torch import Tensor
 
 from utils.datastore.search import Search
 from utils.datastore.store import Datastore, TokenTrie
-from utils.decoding.acceptance import Acceptance
+from utils.decoding.acceptance import LONGEST_REPEAT, Acceptance, ends_in_repeat, tail_of
 from utils.lm.scoring import relative_probs
 
 
@@ -73,20 +73,29 @@ class Retriever:
         )
         return torch.cat([found, probs[:, None].to(found)], dim=1)
 
-    def proposal(self, search: ProposalSearch, values: list[float] | None, uniform: float) -> Proposal:
+    def proposal(
+        self, search: ProposalSearch, values: list[float] | None, uniform: float, token_ids: list[int]
+    ) -> Proposal:
         """The most similar row, and whether its chunk is accepted.
 
-        values: its row of `results`, None where it is not pending; uniform: in [0, 1), decides under `bernoulli`.
+        values: its row of `results`, None where it is not pending; uniform: in [0, 1), decides under `bernoulli`;
+        token_ids: the text so far, which ends in the entry token.
         """
         prob: float | None = None
         if values is not None and self.acceptance.asks_lm:
             *values, prob = values
         row, similarity = search.index_search.result(values)
-        accepted = self.acceptance.accepts(similarity, uniform)
-        if not accepted or not self.acceptance.asks_lm:
-            return Proposal(search.trie.chunk(row), similarity, row, accepted)
-        if prob is None or values is None or row != values[0]:  # the host decided between rows that are almost equal
-            first_id = search.trie.first_ids[row : row + 1].to(search.logits.device)
-            prob = float(relative_probs(search.logits[None], first_id))
-        accepted = prob >= self.acceptance.min_first_token_prob
-        return Proposal(search.trie.chunk(row), similarity, row, accepted, prob)
+        chunk = search.trie.chunk(row)
+        if not self.acceptance.accepts(similarity, uniform):
+            return Proposal(chunk, similarity, row, accepted=False)
+        accepted = True
+        if self.acceptance.asks_lm:
+            if (
+                prob is None or values is None or row != values[0]
+            ):  # the host decided between rows that are almost equal
+                first_id = search.trie.first_ids[row : row + 1].to(search.logits.device)
+                prob = float(relative_probs(search.logits[None], first_id))
+            accepted = prob >= self.acceptance.min_first_token_prob
+        if accepted and self.acceptance.reject_repeats:
+            accepted = not ends_in_repeat(tail_of(token_ids[-2 * LONGEST_REPEAT :] + chunk))[0]
+        return Proposal(chunk, similarity, row, bool(accepted), prob)

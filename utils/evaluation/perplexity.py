@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from utils.datastore.store import Datastore, TokenTrie
-from utils.decoding.acceptance import Acceptance, AcceptanceMap, save_map
+from utils.decoding.acceptance import LONGEST_REPEAT, Acceptance, AcceptanceMap, ends_in_repeat, save_map
 from utils.evaluation.marginal import Proposals, fit_map, log_likelihoods, posteriors
 from utils.files import InputError, file_fingerprint
 from utils.json_io import write_json
@@ -50,7 +50,7 @@ class TextSize:
 class TextReader:
     """Turns a file of passages into proposals.
 
-    datastore: None for no proposals; folder: for temporary files; min_first_token_prob: as of `Acceptance`.
+    datastore: None for no proposals; folder: for temporary files; acceptance: as of `find_proposals`.
     """
 
     lm: CausalLM
@@ -60,13 +60,13 @@ class TextReader:
     max_windows: int | None
     batch_size: int
     folder: Path
-    min_first_token_prob: float = 0.0
+    acceptance: Acceptance | None = None
 
     def read(self, path: Path) -> tuple[Proposals, TextSize]:
         """Raises InputError where the file holds no passages, none is long enough, or the model has no such ids."""
         plan, size = plan_text(path, self.tokenizer, self.shape, self.max_windows, self.folder)
         require_known_ids(self.lm.model.config, self.lm.name, plan.largest_id)
-        return find_proposals(self.lm, self.datastore, plan, self.batch_size, self.min_first_token_prob), size
+        return find_proposals(self.lm, self.datastore, plan, self.batch_size, self.acceptance), size
 
 
 def plan_text(
@@ -140,6 +140,7 @@ def evaluate_perplexity(
         "acceptance": acceptance.policy,
         "q_max": acceptance.q_max,
         "min_first_token_prob": acceptance.min_first_token_prob,
+        "reject_repeats": acceptance.reject_repeats,
         "similarity_quantiles": quantiles,
         "base": base_figures(proposals, size),
         "cdlm": dict(zip(settings, figures, strict=True)),
@@ -152,23 +153,27 @@ def evaluate_perplexity(
 
 
 def find_proposals(
-    lm: CausalLM, datastore: Datastore | None, plan: WindowPlan, batch_size: int, min_first_token_prob: float = 0.0
+    lm: CausalLM,
+    datastore: Datastore | None,
+    plan: WindowPlan,
+    batch_size: int,
+    acceptance: Acceptance | None = None,
 ) -> Proposals:
     """The LM's probability and the proposal at every position from a window's second token on; datastore None: no proposals.
 
-    min_first_token_prob δ: a proposal whose first token the LM gives less, relative to its likeliest, is left out, which
-    is as if it was never accepted. Raises InputError where the model computes NaN or infinity.
+    acceptance: proposals that it rejects whatever their similarity, by the LM's say or as repeats, are left out, which is
+    as if their q was 0; None: none are. Raises InputError where the model computes NaN or infinity.
     """
     lengths = plan.lengths - 1
     n = int(lengths.sum())
     found = Proposals(lengths, np.zeros(n), np.full(n, np.nan), *np.zeros((2, n), dtype=np.int64))
-    asks_lm = datastore is not None and min_first_token_prob > 0
+    asks_lm = datastore is not None and acceptance is not None and acceptance.asks_lm
     batches = read_positions(lm, plan, batch_size, keep_logits=asks_lm)
     # Logits are too large to be kept beyond their batch.
     for positions in batches if asks_lm else grouped(batches):
         found.log_probs[positions.places] = positions.log_probs
         if datastore is not None:
-            fill_in_nearest(found, datastore, positions, min_first_token_prob)
+            fill_in_nearest(found, datastore, positions, acceptance)
     return found
 
 
@@ -182,6 +187,7 @@ class Positions:
     following: np.ndarray  # the next tokens
     log_probs: np.ndarray  # what the LM gives to these
     left: np.ndarray  # tokens left in the window
+    before: np.ndarray  # tokens of the window before the entry token
     logits: Tensor | None = None  # (n, V) at the entry tokens, on the model's device; None: not kept
 
 
@@ -206,6 +212,7 @@ def read_positions(lm: CausalLM, plan: WindowPlan, batch_size: int, keep_logits:
                 token_ids[:, 1:].ravel(),
                 scores.log_probs[:, 1:].ravel(),
                 np.tile(np.arange(n, 0, -1), len(windows)),
+                np.tile(np.arange(n), len(windows)),
                 None if scores.logits is None else scores.logits[:, :-1].flatten(0, 1),
             )
             bar.update(token_ids.size)
@@ -232,11 +239,11 @@ def _joined(group: list[Positions]) -> Positions:
 
 
 def fill_in_nearest(
-    found: Proposals, datastore: Datastore, queries: Positions, min_first_token_prob: float = 0.0
+    found: Proposals, datastore: Datastore, queries: Positions, acceptance: Acceptance | None = None
 ) -> None:
     """Fill in the proposals of some positions, by one search for all those of an entry token.
 
-    With min_first_token_prob > 0 the queries have logits.
+    acceptance: as of `find_proposals`; where it asks the LM, the queries have logits.
     """
     order = np.argsort(queries.entries, kind="stable")
     borders = np.flatnonzero(np.diff(queries.entries[order])) + 1
@@ -246,18 +253,36 @@ def fill_in_nearest(
             continue
         rows, similarities = trie.index.nearest_batch(torch.from_numpy(queries.hidden_states[positions]))
         chosen, cosines = rows.cpu().numpy(), similarities.cpu().numpy()
-        if min_first_token_prob > 0:
-            assert queries.logits is not None
-            logits = queries.logits[torch.from_numpy(positions).to(queries.logits.device)]
-            probs = relative_probs(logits, trie.first_ids[rows].to(logits.device))
-            is_likely = (probs >= min_first_token_prob).cpu().numpy()
-            positions, chosen, cosines = positions[is_likely], chosen[is_likely], cosines[is_likely]
+        if acceptance is not None and (acceptance.asks_lm or acceptance.reject_repeats):
+            kept = _acceptable(trie, chosen, queries, positions, acceptance)
+            positions, chosen, cosines = positions[kept], chosen[kept], cosines[kept]
         if not len(positions):
             continue
         at = queries.places[positions]
         found.similarities[at] = cosines
         found.chunk_lengths[at] = np.minimum(trie.chunk_lengths(chosen), queries.left[positions])
         found.agreeing[at] = _agreeing(trie, chosen, found.chunk_lengths[at], queries.following, positions)
+
+
+def _acceptable(
+    trie: TokenTrie, rows: np.ndarray, queries: Positions, positions: np.ndarray, acceptance: Acceptance
+) -> np.ndarray:
+    """(n,) bool: the proposals, rows (n,) at positions (n,) of the queries, that are not rejected whatever g says."""
+    kept = np.ones(len(rows), dtype=bool)
+    if acceptance.asks_lm:
+        assert queries.logits is not None
+        device = queries.logits.device
+        logits = queries.logits[torch.from_numpy(positions).to(device)]
+        first_ids = trie.first_ids[torch.from_numpy(rows).to(trie.first_ids.device)].to(device)
+        kept = (relative_probs(logits, first_ids) >= acceptance.min_first_token_prob).cpu().numpy()
+    if acceptance.reject_repeats:
+        n_tail, lengths = 2 * LONGEST_REPEAT, trie.chunk_lengths(rows)
+        back = np.arange(n_tail - 1, -1, -1)
+        text = queries.entries[np.maximum(positions[:, None] - back, 0)]
+        text = np.where(back <= queries.before[positions, None], text, -1)
+        whole = np.concatenate([text, trie.continuations(rows, int(lengths.max()), first=0)], axis=1)
+        kept &= ~ends_in_repeat(np.take_along_axis(whole, lengths[:, None] + np.arange(n_tail), axis=1))
+    return kept
 
 
 def _agreeing(

@@ -105,6 +105,7 @@ class AcceptanceSettings:
     q_max: float
     map_path: Path | None
     min_first_token_prob: float
+    reject_repeats: bool
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,12 @@ class Evaluation:
     def _acceptance(self) -> Acceptance:
         settings = self._settings.acceptance
         return Acceptance(
-            settings.similarity_threshold, settings.policy, settings.q_max, self._fitted, settings.min_first_token_prob
+            settings.similarity_threshold,
+            settings.policy,
+            settings.q_max,
+            self._fitted,
+            settings.min_first_token_prob,
+            settings.reject_repeats,
         )
 
     def _decode_text(self, token_ids: list[int]) -> str:
@@ -277,7 +283,7 @@ class Evaluation:
             texts.max_windows,
             texts.batch_size,
             self._settings.save_dir,
-            self._settings.acceptance.min_first_token_prob,
+            self._acceptance,
         )
 
     # ---- Generation
@@ -323,6 +329,8 @@ class Evaluation:
             }
             if acceptance.asks_lm:
                 with_datastore |= {"min_first_token_prob": acceptance.min_first_token_prob}
+            if acceptance.reject_repeats:
+                with_datastore |= {"reject_repeats": True}
         return ({BASELINE: baseline} if generation.runs == "both" else {}) | {self._run_name: with_datastore}
 
     def _generate(self) -> None:
@@ -507,6 +515,7 @@ class Evaluation:
             facts=self._facts(summary["runs"][name]["settings"]),
             similarity_threshold=acceptance.similarity_threshold,
             min_first_token_prob=acceptance.min_first_token_prob,
+            reject_repeats=acceptance.reject_repeats,
             policy=acceptance.policy,
             acceptance_map=acceptance.acceptance_map if proposes else None,
             is_fitted=self._fitted is not None,

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from utils.datastore.provenance import Segment, SourceWindow, find_windows, read_windows, segments_around
-from utils.decoding.acceptance import AcceptanceMap
-from utils.decoding.types import Detokenize, Generation, ProposalRecord, StepRecord, TokenTexts
+from utils.decoding.acceptance import AcceptanceMap, ends_in_repeat, tail_of
+from utils.decoding.types import Detokenize, Generation, StepRecord, TokenTexts
 from utils.evaluation.report.rescore import RescoredProposal, RescoredText
 from utils.evaluation.results import BASELINE
 from utils.evaluation.summary import figure_rows
@@ -33,7 +33,7 @@ SOURCE_TOKENS = 500_000
 CONTEXTS = (("all", 60), ("all", 30), ("accepted", 60), ("accepted", 30), ("accepted", 12), ("accepted", 6))
 HISTOGRAM_BINS = 40
 # Verdicts about a proposal, beside 0: the similarity rejected it. report.js has them too.
-ACCEPTED, VETOED = 1, 2
+ACCEPTED, VETOED, REPEATS = 1, 2, 3
 
 # What could end the element that holds the data, what old parsers take for a line's end, what is no character, and
 # what an editor would not show.
@@ -49,6 +49,7 @@ class ReportRun:
     facts: list[tuple[str, str]]
     similarity_threshold: float
     min_first_token_prob: float
+    reject_repeats: bool
     policy: str
     acceptance_map: AcceptanceMap | None  # g; None where nothing is proposed
     is_fitted: bool  # not from θ
@@ -219,7 +220,7 @@ class _Page:
         """[position after the prompt, similarity, row, verdict, tokens that the text agrees with, p of the first token
         relative to the likeliest, log p, rivals]
 
-        verdict: ACCEPTED, VETOED by the LM or 0; log p: of the chunk as it was emitted, under the LM; rivals: [string,
+        verdict: ACCEPTED, VETOED by the LM, REPEATS or 0; log p: of the chunk as it was emitted, under the LM; rivals: [string,
         similarity], for accepted ones.
         """
         n_prompt, token_ids = len(generation.prompt_ids), generation.token_ids
@@ -232,10 +233,9 @@ class _Page:
             agreeing = next(
                 (i for i, (a, b) in enumerate(zip(written, chunk.token_ids, strict=False)) if a != b), len(written)
             )
-            prob, is_veto = chunk.first_token_prob, _is_vetoed(chunk.record, self.run.min_first_token_prob)
-            verdict = ACCEPTED if at in taken else VETOED if is_veto else 0
+            verdict = ACCEPTED if at in taken else self._rejection(chunk, token_ids[:at])
             proposal: list[Any] = [at - n_prompt, _millionths(chunk.record.similarity), row, verdict, agreeing]
-            proposal.append(_millionths(prob))
+            proposal.append(_millionths(chunk.first_token_prob))
             if at in taken:
                 self.accepted.add(row)
                 log_p = float(rescored.log_probs[at : at + taken[at]].sum())
@@ -243,6 +243,15 @@ class _Page:
                 proposal += [round(log_p, 2), rivals]
             proposals.append(proposal)
         return proposals
+
+    def _rejection(self, chunk: RescoredProposal, text: list[int]) -> int:
+        """What rejected a proposal after this text: VETOED, REPEATS, or 0 for its similarity."""
+        prob, run = chunk.record.first_token_prob, self.run
+        if prob is not None and prob < run.min_first_token_prob:
+            return VETOED
+        is_similar = chunk.record.similarity >= run.similarity_threshold
+        repeats = run.reject_repeats and is_similar and bool(ends_in_repeat(tail_of(text + chunk.token_ids))[0])
+        return REPEATS if repeats else 0
 
     def _row(self, chunk: RescoredProposal) -> int:
         key = (chunk.entry_token_id, chunk.record.row)
@@ -320,11 +329,6 @@ def _steps(generation: Generation) -> dict[str, list[int]] | None:
     if not any(columns["drafted"]):
         del columns["drafted"]
     return columns
-
-
-def _is_vetoed(record: ProposalRecord, min_first_token_prob: float) -> bool:
-    """Whether the similarity let a proposal through and the LM did not."""
-    return record.first_token_prob is not None and record.first_token_prob < min_first_token_prob
 
 
 def _millionths(similarity: float) -> int:

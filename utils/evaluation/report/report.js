@@ -6,7 +6,7 @@
   const BASELINE = "baseline_generation";
   const mode = data.run === BASELINE ? "baseline" : data.run.startsWith("verify_") ? "verify" : "chunk";
   const MILLION = 1e6;
-  const ACCEPTED = 1, VETOED = 2;
+  const ACCEPTED = 1, VETOED = 2, REPEATS = 3;
 
   // ---- Elements. Text goes in as text nodes only.
 
@@ -268,9 +268,9 @@
   let thetaLine = () => {};
   const theta = () => (moved === null ? data.theta : moved / MILLION);
   const least = Math.round(data.minFirstTokenProb * MILLION);
-  const isLikely = (proposal) => !least || proposal === undefined || proposal[5] >= least;
+  const isLikely = (proposal) => proposal === undefined || (proposal[5] >= least && proposal[3] !== REPEATS);
   const shows = (mark) => (moved === null ? mark.accepted : mark.similarity >= moved && isLikely(mark.proposal));
-  // Similar enough, but the LM gives the first token too little.
+  // Similar enough, but the LM gives the first token too little, or the text would repeat itself.
   const isVetoed = (mark) => (moved === null ? mark.vetoed : mark.similarity >= moved && !isLikely(mark.proposal));
   const allProposals = data.texts.flatMap((text) => text.proposals);
   const likelySimilarities = Float64Array.from(allProposals.filter(isLikely).map((proposal) => proposal[1])).sort();
@@ -357,7 +357,7 @@
     const marks = text.chunks.map(([at, n, found]) => ({ at, n, similarity: found, accepted: true, proposal: proposals.get(at) }));
     const inChunks = new Set(text.chunks.map(([at]) => at));
     for (const [at, found, , accepted] of text.proposals) {
-      if (!inChunks.has(at)) marks.push({ at, n: 1, similarity: found, accepted: accepted === ACCEPTED, vetoed: accepted === VETOED, proposal: proposals.get(at) });
+      if (!inChunks.has(at)) marks.push({ at, n: 1, similarity: found, accepted: accepted === ACCEPTED, vetoed: accepted === VETOED || accepted === REPEATS, proposal: proposals.get(at) });
     }
     if (mode === "verify" && text.steps) {
       let at = 0;
@@ -602,6 +602,7 @@
     const head = el(mark.accepted ? "h3" : "h3.maybe", el("span.soft", inline(entry)), el("mark", chunk.trim() ? visible(chunk) : inline(chunk)));
     const at = `at θ = ${theta().toFixed(3)}`;
     const state = mark.accepted ? (shows(mark) ? "Accepted." : `Accepted, but would not be ${at}.`)
+      : isVetoed(mark) && mark.proposal[3] === REPEATS ? "Not accepted: with it the text would end in the same tokens twice."
       : isVetoed(mark) ? `Not accepted: similar enough, but the LM gives its first token less than δ = ${data.minFirstTokenProb} of the likeliest token's probability.`
       : `Not accepted, but would be ${at}.`;
     const list = el("dl");
