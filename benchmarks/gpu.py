@@ -3,7 +3,7 @@
 Each step is a command of its own, with a share of the 12 minutes; one that fails or takes longer is said to, and the
 others go on. The steps, in this order:
 
-    tests           every path that asks for the device against the host's
+    device tests    every path that asks for the device against the host's
     decoding 1B     plain, chunk and verified decoding beside `generate` with a static cache and compilation
     decoding 7B     the same at the shape of Llama 2 7B
     retrieval       exact search of up to a million rows on the device
@@ -87,7 +87,7 @@ def steps_of(device: str, dry_run: bool, model: Path | None, folder: Path) -> li
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *(DRY_DEVICE_TESTS if dry_run else DEVICE_TESTS)]
     common: list[object] = ["--device", device, "--output"]
     decoding: list[object] = [python, "benchmarks/decoding.py", "--temperatures", 0]
-    peers = ["--peers", "generate*", "baseline", "chunk*", "tree, paying*", "tree*paying*"]
+    peers = ["--peers", "generate*", "baseline", "chunk*", "verify tree sequence paying*"]
     short = ["--n_prompts", 2, "--max_new_tokens", 8, "--repeats", 1, "--batch_sizes", 1, "--rows", 100]
     of_1b = ["--n_prompts", 8, "--max_new_tokens", 64, "--repeats", 3, "--batch_sizes", 1, 8, "--rows", 10_000]
     of_7b = ["--n_prompts", 4, "--max_new_tokens", 64, "--repeats", 3, "--batch_sizes", 1, "--rows", 100_000]
@@ -99,7 +99,7 @@ def steps_of(device: str, dry_run: bool, model: Path | None, folder: Path) -> li
     extraction += ["--repeats", 1 if dry_run else 3]
     large, small = ("llama-tiny", "llama-tiny") if dry_run else ("llama-7b", "llama-1b")
     steps = [
-        Step("tests", 180, [python, *tests, "--junitxml"], "tests.xml"),
+        Step("device tests", 180, [python, *tests, "--junitxml"], "tests.xml"),
         Step(
             "decoding 1B",
             150,
@@ -143,7 +143,7 @@ def results_of(path: Path) -> Any:
     if path.suffix == ".json":
         return read_json(path)["results"]
     (suite,) = ElementTree.parse(path).getroot().iter("testsuite")
-    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    counts = {name: int(value) for name, value in suite.attrib.items() if value.isdigit()}
     failed = [f"{case.get('classname')}.{case.get('name')}" for case in suite if case.find("failure") is not None]
     return counts | {"failed": failed}
 

@@ -99,7 +99,7 @@ def test_tuning_finds_the_best_of_its_grid_and_scores_by_it():
     of_lm = np.log(rng.uniform(0.02, 0.3, 40))
     places = rng.permutation(40)
     parts = [
-        Positions(following[at], at, hidden[at], following[at], of_lm[at], at) for at in (places[:25], places[25:])
+        Positions(following[at], at, hidden[at], following[at], of_lm[at], at, at) for at in (places[:25], places[25:])
     ]
     choice = knn_lm.tune(keys, parts, of_lm, torch.device("cpu"))
     tuned = knn_lm.log_probs(keys, parts, of_lm, choice, torch.device("cpu"))
