@@ -106,7 +106,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--top_k",
         type=NON_NEGATIVE_INT,
-        help="draw from the k likeliest tokens; 0: from all (default: as --temperature, else 0)",
+        help="draw from the k likeliest tokens; 0: from all (default: as --temperature, and 50 where that config names"
+        " none, as generate does; else 0)",
     )
     parser.add_argument(
         "--top_p",

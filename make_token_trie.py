@@ -54,6 +54,7 @@ from utils.manifest import (
     read_finished,
     read_manifest,
     require_as_written,
+    require_untouched,
 )
 from utils.progress import ProgressBar
 
@@ -190,8 +191,10 @@ def conclude(folder: Path, token_ids: set[int], there: set[int], excluded: set[i
     path = folder / HIDDEN_STATES_MANIFEST
     results = {"entry_tokens": len(there), "excluded": sorted(lacking)}
     with exclusive_lock(folder, "hidden_states_manifest", wait=True):
+        manifest = read_manifest(path, HIDDEN_STATES_STAGE)
+        require_untouched(path, manifest)
         files = list_files(path, [vectors_path(folder, token) for token in there], sums)
-        finish_stage(path, read_manifest(path, HIDDEN_STATES_STAGE), results, files)
+        finish_stage(path, manifest, results, files)
     left_out = f", {len(lacking):,} left out" if lacking else ""
     return f"{made}; all {len(there):,} have them{left_out}" if token_ids else "the datastore is empty, nothing to do"
 

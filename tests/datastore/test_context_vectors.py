@@ -184,6 +184,22 @@ def test_a_finished_run_is_not_done_again(
     assert all_bytes(tries) == whole
 
 
+def test_a_finished_run_does_not_list_a_changed_file_as_its_own(
+    corpus: Corpus, tries: Path, run_stage: Callable[..., None], refusal: Callable[..., str]
+) -> None:
+    flags = corpus.stage_4_flags(tries)
+    run_stage(SCRIPT, *flags)
+    path = min((tries / FOLDER).glob("*.h5"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for _ in range(2):
+        assert refusal(SCRIPT, *flags).startswith(f"{path}: was changed or is another run's")
+    path.unlink()
+    run_stage(SCRIPT, *flags)
+    run_stage(SCRIPT, *flags)
+
+
 def extract(model: Path, data: Path, output_dir: Path, run_stage: Callable[..., None]) -> Path:
     flags = ("--model_path", model, "--data_dir", data, "--output_dir", output_dir, "--partition", "train")
     sizes = ("--chunk_size", 48, "--stride", 40, "--min_length", 20, "--device", "cpu", "--batch_size", 4)

@@ -116,8 +116,8 @@ SAMPLED = {"do_sample": True, "temperature": 0.3, "top_k": 7, "top_p": 0.9}
         (SAMPLED, {"temperature": 0.8}, (0.8, 7, 0.9)),
         (SAMPLED, {"top_k": 0, "top_p": 0.5}, (0.3, 0, 0.5)),
         (SAMPLED, {"temperature": 1.0, "top_k": 3, "top_p": 1.0}, (1.0, 3, 1.0)),
-        ({"do_sample": True, "top_p": 0.4}, {}, (1.0, 0, 0.4)),
-        ({**SAMPLED, "do_sample": False}, {}, (1.0, 0, 1.0)),  # as generate, which does not sample, does not say
+        ({"do_sample": True, "top_p": 0.4}, {}, (1.0, 50, 0.4)),  # as generate
+        ({**SAMPLED, "do_sample": False}, {}, (1.0, 0, 1.0)),  # as generate which does not sample, does not say
     ],
 )
 def test_text_is_drawn_as_the_config_says_where_no_flag_says_otherwise(

@@ -413,7 +413,8 @@ class Evaluation:
     @cached_property
     def _drawing(self) -> dict[str, Any]:
         """temperature, top_k and top_p: those that were given, else the generation config's where that samples."""
-        config = self._config.to_diff_dict() if self._config.do_sample else {}
+        # Where a config samples and says nothing else, `generate` draws from the 50 likeliest.
+        config = {"top_k": 50} | self._config.to_diff_dict() if self._config.do_sample else {}
         given = {name: getattr(self._generation, name) for name in DRAWING}
         return {
             name: config.get(name, default) if given[name] is None else given[name] for name, default in DRAWING.items()
