@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reject_repeats",
         action="store_true",
-        help="accept no chunk with which the text would end in the same 1 to 32 tokens twice in a row",
+        help="accept no chunk with which the text would end in the same 2 to 32 tokens twice in a row",
     )
     parser.add_argument(
         "--q_max",

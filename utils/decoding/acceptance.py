@@ -22,7 +22,7 @@ from utils.files import InputError
 from utils.json_io import read_json, write_json
 
 Policy = Literal["threshold", "bernoulli"]
-LONGEST_REPEAT = 32  # tokens
+SHORTEST_REPEAT, LONGEST_REPEAT = 2, 32  # tokens; two newlines are no repeat, four are
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ def read_map(path: Path) -> AcceptanceMap:
 
 
 def ends_in_repeat(tails: np.ndarray) -> np.ndarray:
-    """(n,) bool: whether a text ends in the same 1 to LONGEST_REPEAT tokens twice in a row.
+    """(n,) bool: whether a text ends in the same SHORTEST_REPEAT to LONGEST_REPEAT tokens twice in a row.
 
     tails (n, 2 * LONGEST_REPEAT): the last token ids of each text, -1 on the left where it is shorter.
     """
     found = np.zeros(len(tails), dtype=bool)
-    for length in range(1, LONGEST_REPEAT + 1):
+    for length in range(SHORTEST_REPEAT, LONGEST_REPEAT + 1):
         last, before = tails[:, -length:], tails[:, -2 * length : tails.shape[1] - length]
         found |= (last == before).all(axis=1) & (before[:, 0] >= 0)
     return found
