@@ -70,8 +70,13 @@ def data_of(page: Path) -> dict[str, Any]:
     return json.loads(text[start : text.index("</script>", start)])
 
 
-def hand_made(path: Path, n_texts: int = 1, n_tokens: int = 6, **changed: Any) -> None:
-    """A page of hostile texts: of every three tokens a chunk of two, and one that was proposed and not taken."""
+def hand_made(
+    path: Path, n_texts: int = 1, n_tokens: int = 6, left: tuple[float, float | None] = (0.5, None), **changed: Any
+) -> None:
+    """A page of hostile texts: of every three tokens a chunk of two, and one that was proposed and not taken.
+
+    left: the similarity of the latter, and what the LM gave to their first token where it was asked.
+    """
 
     def decode(token_ids: list[int]) -> str:
         return "".join(HOSTILE[token_id % len(HOSTILE)] for token_id in token_ids)
@@ -79,11 +84,11 @@ def hand_made(path: Path, n_texts: int = 1, n_tokens: int = 6, **changed: Any) -
     def text(index: int) -> tuple[Generation, Generation]:
         chunks = [AcceptedChunk(at, [at, at + 1], 0.95) for at in range(2, n_tokens, 3)]
         taken = [ProposalRecord(chunk.position, chunk.position, 0.95) for chunk in chunks]
-        left = [ProposalRecord(chunk.position + 2, 0, 0.5) for chunk in chunks]
+        others = [ProposalRecord(chunk.position + 2, 0, *left) for chunk in chunks]
         steps = [StepRecord(end, 0.1 * end, 0.01 * end, 0.001 * end, 0) for end in range(2, n_tokens + 3)]
         stats = GenerationStats(n_tokens, 1.0, 0.9, 0.05)
         generation = Generation(
-            index, [0, 1], list(range(2, n_tokens + 2)), chunks, stats, Trace(steps, sorted(taken + left))
+            index, [0, 1], list(range(2, n_tokens + 2)), chunks, stats, Trace(steps, sorted(taken + others))
         )
         return generation, Generation(index, [0, 1], list(range(n_tokens)), [], stats)
 
@@ -349,6 +354,26 @@ def test_the_pages_policy_lets_no_other_script_or_image_in(browser, tmp_path) ->
 def card_terms(page: Any) -> dict[str, str]:
     names, values = page.locator("#card dt").all_inner_texts(), page.locator("#card dd").all_inner_texts()
     return dict(zip(names, values, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("left", "changed", "verdict", "state"),
+    [
+        ((0.95, 0.1), {"min_first_token_prob": 0.3}, 2, "the LM gives its first token less than δ = 0.3"),
+        ((0.95, None), {"reject_repeats": True}, 3, "the text would end in the same tokens twice"),
+    ],
+)
+def test_the_card_of_a_rejected_chunk_names_the_rule(
+    look, tmp_path, left: tuple[float, float | None], changed: dict[str, Any], verdict: int, state: str
+) -> None:
+    hand_made(tmp_path / "report.html", left=left, **changed)
+    proposals = data_of(tmp_path / "report.html")["texts"][0]["proposals"]
+    assert [proposal[3] for proposal in proposals][:2] == [1, verdict]
+    page = look(tmp_path / "report.html")
+    page.locator(".other.on").first.hover()
+    wait_until(page, "!document.getElementById('card').hidden")
+    assert state in page.locator("#card .state").inner_text()
+    assert card_terms(page)["First token"] == "0.500 of the LM's likeliest"
 
 
 @pytest.mark.parametrize("way", ["hover", "tap", "keyboard"])

@@ -729,8 +729,9 @@
     // A press moves the focus too; the card waits for the click then, so as not to come up under the finger.
     let isPressed = false;
     document.addEventListener("pointerdown", () => { isPressed = true; }, true);
-    for (const kind of ["pointerup", "pointercancel", "keydown"]) {
-      document.addEventListener(kind, () => setTimeout(() => { isPressed = false; }), true);
+    // Not at pointerup: of a touch the focus comes after it, and before the click.
+    for (const kind of ["click", "pointercancel", "keydown"]) {
+      document.addEventListener(kind, () => { isPressed = false; }, true);
     }
     page.addEventListener("focusin", (event) => {
       const span = markAt(event);
