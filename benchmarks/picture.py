@@ -2,9 +2,8 @@
 
 Needs playwright and Pillow, which requirements-dev.txt bring, and a Chromium.
 
-Run     ./run_pipeline.sh --tok_prob_threshold 0.3 --similarity_threshold 0.93 --temperature 0.5 --max_new_tokens 120 \\
-            --max_chunk_length 16 --output_dir output/picture --report output/picture/report.html
-        python benchmarks/picture.py --report output/picture/report.html --text 11 --chunk 12 \\
+Run     examples/chat_model.sh
+        python benchmarks/picture.py --report output/chat_model/report.html --text 5 --chunk 3 \\
             --output examples/report_light.png
 """
 
