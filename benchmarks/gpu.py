@@ -97,21 +97,11 @@ def steps_of(device: str, dry_run: bool, model: Path | None, folder: Path) -> li
     extraction: list[object] = [python, "benchmarks/extraction_speed.py", "--memory_passages", 0]
     extraction += ["--models", "llama-tiny" if dry_run else "llama-1b", "--passages", 2 if dry_run else 60]
     extraction += ["--repeats", 1 if dry_run else 3]
-    large, small = ("llama-tiny", "llama-tiny") if dry_run else ("llama-7b", "llama-1b")
-    steps = [
-        Step("device tests", 180, [python, *tests, "--junitxml"], "tests.xml"),
-        Step(
-            "decoding 1B",
-            150,
-            [*decoding, "--workload", small, *(short if dry_run else of_1b), *peers, *common],
-            "1b.json",
-        ),
-        Step(
-            "decoding 7B",
-            150,
-            [*decoding, "--workload", large, *(short if dry_run else of_7b), *peers, *common],
-            "7b.json",
-        ),
+    steps = [Step("device tests", 180, [python, *tests, "--junitxml"], "tests.xml")]
+    for name, shape, how in (("1B", "llama-1b", of_1b), ("7B", "llama-7b", of_7b)):
+        of_shape = ["--workload", "llama-tiny", *short] if dry_run else ["--workload", shape, *how]
+        steps.append(Step(f"decoding {name}", 150, [*decoding, *of_shape, *peers, *common], f"{name}.json"))
+    steps += [
         Step("retrieval", 60, [*retrieval, *sizes, *common], "retrieval.json"),
         Step("stage 2", 120, [*extraction, *common], "extraction.json"),
     ]

@@ -27,6 +27,12 @@ def trie(entry_token_id: int, rows: Sequence[tuple[np.ndarray, list[int]]]) -> T
     return TokenTrie(entry_token_id, vectors, np.concatenate([chunk for _, chunk in rows]), offsets, places, places)
 
 
+def repeats(token_ids: list[int]) -> bool:
+    """Whether a text ends in the same 2 to 32 tokens twice in a row, by trying each length."""
+    lengths = range(2, min(32, len(token_ids) // 2) + 1)
+    return any(token_ids[-n:] == token_ids[-2 * n : -n] for n in lengths)
+
+
 def datastore_near_text(lm: CausalLM, prompts: list[list[int]], n_new: int, wrong: bool = False) -> Datastore:
     """Rows at every position of the greedy continuations, a little off: the text that follows, or other tokens."""
     rng = np.random.default_rng(0)

@@ -2,19 +2,20 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from architectures import Scripted, tiny_lm
-from decoding_cases import GREEDY, NO_EOS, PROMPTS, datastore_near_text, generate, new_tokens, trie
+from decoding_cases import GREEDY, NO_EOS, PROMPTS, datastore_near_text, generate, new_tokens, repeats, trie
 
 from utils.datastore.store import Datastore
 from utils.decoding import timing
 from utils.decoding.acceptance import Acceptance
 from utils.decoding.loop import Decoding, decode
 from utils.decoding.retriever import Retriever
-from utils.decoding.types import Request
+from utils.decoding.types import Generation, Request
 from utils.files import InputError
 from utils.lm.kv_cache import SlotKVCache
 from utils.lm.model import CausalLM
@@ -56,8 +57,7 @@ def naive(
             probs = logits[0, -1].double().softmax(-1)
             accepted = found and best >= theta and theta < 1 and float(probs[found[0]]) >= delta * float(probs.max())
             if accepted and reject_repeats:
-                whole = text + found
-                accepted = not any(whole[-n:] == whole[-2 * n : -n] for n in range(2, min(32, len(whole) // 2) + 1))
+                accepted = not repeats(text + found)
             emitted = found if found and accepted else [int(logits[0, -1].argmax())]
             kept: list[int] = []
             for token in emitted:
@@ -87,6 +87,18 @@ def test_chunk_mode_equals_a_naive_decoder_token_for_token(lm, theta, batch_size
     assert any(generation.chunks for generation in got) == (theta < 1)
 
 
+def require_naive(lm: CausalLM, got: list[Generation], store: Datastore, **rules: Any) -> None:
+    """Fail where 25 new tokens of PROMPTS at θ 0.5 are not the naive decoder's, or the rules reject no chunk."""
+    for generation, prompt in zip(got, PROMPTS, strict=True):
+        tokens, chunks, n_forward = naive(lm, prompt, 25, store, 0.5, **rules)
+        assert generation.new_token_ids == tokens
+        assert generation.stats.forward_passes == n_forward
+        assert [(chunk.position, chunk.token_ids) for chunk in generation.chunks] == chunks
+    without = generate(lm, PROMPTS, 25, Retriever(store, Acceptance(0.5)))
+    n_chunks = [sum(len(generation.chunks) for generation in each) for each in (got, without)]
+    assert n_chunks[0] < n_chunks[1]
+
+
 def pretend_on_device(store: Datastore) -> None:
     """Let searches go as if the rows were on a device."""
     for entry in store.n_rows:
@@ -105,14 +117,7 @@ def test_the_gate_equals_a_naive_decoder_token_for_token(lm, delta, batch_size, 
         pretend_on_device(store)
     retriever = Retriever(store, Acceptance(0.5, min_first_token_prob=delta))
     got = generate(lm, PROMPTS, 25, retriever, batch_size, prefetch_all=prefetch_all)
-    for generation, prompt in zip(got, PROMPTS, strict=True):
-        tokens, chunks, n_forward = naive(lm, prompt, 25, store, 0.5, delta=delta)
-        assert generation.new_token_ids == tokens
-        assert generation.stats.forward_passes == n_forward
-        assert [(chunk.position, chunk.token_ids) for chunk in generation.chunks] == chunks
-    without = generate(lm, PROMPTS, 25, Retriever(store, Acceptance(0.5)), batch_size)
-    n_chunks = [sum(len(generation.chunks) for generation in each) for each in (got, without)]
-    assert n_chunks[0] < n_chunks[1]
+    require_naive(lm, got, store, delta=delta)
 
 
 def test_a_newline_that_proposes_itself_for_ever_is_stopped_by_the_lm(lm):
@@ -139,14 +144,7 @@ def test_rejected_repeats_equal_a_naive_decoder_token_for_token(lm, batch_size):
     store = datastore_near_text(lm, PROMPTS, 20)  # of texts that repeat themselves
     how = Acceptance(0.5, reject_repeats=True)
     got = generate(lm, PROMPTS, 25, Retriever(store, how), batch_size)
-    for generation, prompt in zip(got, PROMPTS, strict=True):
-        tokens, chunks, n_forward = naive(lm, prompt, 25, store, 0.5, reject_repeats=True)
-        assert generation.new_token_ids == tokens
-        assert generation.stats.forward_passes == n_forward
-        assert [(chunk.position, chunk.token_ids) for chunk in generation.chunks] == chunks
-    without = generate(lm, PROMPTS, 25, Retriever(store, Acceptance(0.5)), batch_size)
-    n_chunks = [sum(len(generation.chunks) for generation in each) for each in (got, without)]
-    assert n_chunks[0] < n_chunks[1]
+    require_naive(lm, got, store, reject_repeats=True)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

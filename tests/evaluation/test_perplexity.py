@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from architectures import tiny_lm
 from conftest import TEXTS
-from decoding_cases import PROMPTS, datastore_near_text, trie
+from decoding_cases import PROMPTS, datastore_near_text, repeats, trie
 from pipelines import Pipeline, build
 
 from utils.datastore.store import Datastore
@@ -25,7 +25,7 @@ from utils.decoding.types import Request
 from utils.evaluation import perplexity
 from utils.evaluation.marginal import Proposals, log_likelihoods
 from utils.evaluation.perplexity import TextSize, base_figures, base_log_likelihoods, cdlm_figures, find_proposals
-from utils.lm.model import load_lm, load_tokenizer
+from utils.lm.model import CausalLM, load_lm, load_tokenizer
 from utils.lm.sampling import Sampler
 from utils.text.corpora import Passage
 from utils.text.windows import TokenFile, WindowPlan, WindowShape, plan_windows
@@ -236,6 +236,22 @@ def test_the_bootstrap_is_the_same_in_blocks_of_any_size(n_numbers, plan_of, mon
     assert got == pytest.approx(tuple(np.percentile(resampled, [2.5, 97.5])), rel=1e-12)
 
 
+def nearest_chunks(
+    lm: CausalLM, store: Datastore, windows: list[list[int]]
+) -> Iterator[tuple[int, list[int], list[int], torch.Tensor]]:
+    """Of each position with a proposal: its number, the text so far, the nearest chunk and the logits, one by one."""
+    at = 0
+    for window in windows:
+        with torch.inference_mode():
+            hidden_states, logits = lm.forward(torch.tensor([window]))
+        for i in range(len(window) - 1):
+            token_trie = store.trie(window[i])
+            if token_trie is not None:
+                row, _ = token_trie.index.nearest(hidden_states[0, i])
+                yield at, window[: i + 1], token_trie.chunk(row), logits[0, i]
+            at += 1
+
+
 @pytest.mark.parametrize("delta", [0.05, 0.5, 1.0])
 def test_the_gate_leaves_out_the_proposals_that_the_lm_rejects(delta, plan_of):
     lm = tiny_lm("llama")
@@ -246,24 +262,14 @@ def test_the_gate_leaves_out_the_proposals_that_the_lm_rejects(delta, plan_of):
         find_proposals(lm, store, plan, 2, Acceptance(0, min_first_token_prob=least)) for least in (0.0, delta)
     )
     np.testing.assert_array_equal(found.log_probs, every.log_probs)
-    at = n_left_out = 0
-    for window in windows:
-        with torch.inference_mode():
-            hidden_states, logits = lm.forward(torch.tensor([window]))
-        for i in range(len(window) - 1):
-            token_trie = store.trie(window[i])
-            if token_trie is not None:
-                row, _ = token_trie.index.nearest(hidden_states[0, i])
-                probs = logits[0, i].double().softmax(-1)
-                passes = float(probs[token_trie.chunk(row)[0]]) >= delta * float(probs.max())
-                expected = every if passes else Proposals(*(np.full(at + 1, x) for x in (0, 0, np.nan, 0, 0)))
-                np.testing.assert_array_equal(found.similarities[at], expected.similarities[at])
-                assert (found.chunk_lengths[at], found.agreeing[at]) == (
-                    expected.chunk_lengths[at],
-                    expected.agreeing[at],
-                )
-                n_left_out += not passes
-            at += 1
+    n_left_out = 0
+    for at, _, chunk, logits in nearest_chunks(lm, store, windows):
+        probs = logits.double().softmax(-1)
+        passes = float(probs[chunk[0]]) >= delta * float(probs.max())
+        expected = every if passes else Proposals(*(np.full(at + 1, x) for x in (0, 0, np.nan, 0, 0)))
+        np.testing.assert_array_equal(found.similarities[at], expected.similarities[at])
+        assert (found.chunk_lengths[at], found.agreeing[at]) == (expected.chunk_lengths[at], expected.agreeing[at])
+        n_left_out += not passes
     assert n_left_out
 
 
@@ -277,18 +283,10 @@ def test_proposals_that_repeat_the_text_are_left_out(plan_of):
     windows = [text, [5, 6, 5, 6, 7, 8, 5, 6], [7, 3] * 40]
     plan = plan_of(windows)
     every, found = (find_proposals(lm, store, plan, 2, how) for how in (None, Acceptance(0, reject_repeats=True)))
-    at = n_left_out = 0
-    for window in windows:
-        with torch.inference_mode():
-            hidden_states, _ = lm.forward(torch.tensor([window]))
-        for i in range(len(window) - 1):
-            token_trie = store.trie(window[i])
-            if token_trie is not None:
-                row, _ = token_trie.index.nearest(hidden_states[0, i])
-                whole = window[: i + 1] + token_trie.chunk(row)
-                repeats = any(whole[-n:] == whole[-2 * n : -n] for n in range(2, min(32, len(whole) // 2) + 1))
-                assert np.isnan(found.similarities[at]) == repeats
-                assert found.chunk_lengths[at] == (0 if repeats else every.chunk_lengths[at])
-                n_left_out += repeats
-            at += 1
-    assert 0 < n_left_out < at
+    n_left_out = 0
+    for at, text, chunk, _ in nearest_chunks(lm, store, windows):
+        is_repeat = repeats(text + chunk)
+        assert np.isnan(found.similarities[at]) == is_repeat
+        assert found.chunk_lengths[at] == (0 if is_repeat else every.chunk_lengths[at])
+        n_left_out += is_repeat
+    assert 0 < n_left_out < len(found.log_probs)
