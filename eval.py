@@ -265,6 +265,7 @@ def settings_of(
     args: argparse.Namespace, prompts: list[Prompt], trie_folder: Path | None, excluded: frozenset[int]
 ) -> "EvaluationSettings":
     """The flags by what they are about."""
+    from utils.decoding.acceptance import Acceptance
     from utils.decoding.draft import DraftSettings
     from utils.evaluation import runner
 
@@ -321,14 +322,14 @@ def settings_of(
     return runner.EvaluationSettings(
         model=runner.ModelSettings(args.model_path, args.cache_dir, args.device, args.dtype, args.threads),
         datastore=datastore,
-        acceptance=runner.AcceptanceSettings(
+        acceptance=Acceptance(
             args.similarity_threshold,
             args.acceptance,
             args.q_max,
-            args.acceptance_map,
-            args.min_first_token_prob,
-            args.reject_repeats,
+            min_first_token_prob=args.min_first_token_prob,
+            reject_repeats=args.reject_repeats,
         ),
+        acceptance_map=args.acceptance_map,
         generation=generation,
         texts=texts,
         save_dir=args.save_dir,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils.datastore.store import Datastore, open_datastore, reads_bos, require_made_with
 from utils.datastore.trie_files import HIDDEN_STATES_MANIFEST
-from utils.decoding.acceptance import Acceptance, AcceptanceMap, Policy, read_map
+from utils.decoding.acceptance import Acceptance, AcceptanceMap, read_map
 from utils.decoding.draft import DraftSettings, RetrievalDrafter
 from utils.decoding.draft_policy import DraftPolicy
 from utils.decoding.loop import Decoding, decode, n_slots_for
@@ -97,18 +97,6 @@ class DatastoreSettings:
 
 
 @dataclass(frozen=True)
-class AcceptanceSettings:
-    """Which proposals are accepted: θ, or a fitted map from a file, and the LM's say by δ."""
-
-    similarity_threshold: float
-    policy: Policy
-    q_max: float
-    map_path: Path | None
-    min_first_token_prob: float
-    reject_repeats: bool
-
-
-@dataclass(frozen=True)
 class GenerationSettings:
     """What to generate from the prompts, and how."""
 
@@ -151,7 +139,8 @@ class EvaluationSettings:
 
     model: ModelSettings
     datastore: DatastoreSettings | None
-    acceptance: AcceptanceSettings
+    acceptance: Acceptance  # by θ
+    acceptance_map: Path | None  # a fitted map that takes the place of θ's
     generation: GenerationSettings
     texts: TextSettings
     save_dir: Path
@@ -189,7 +178,7 @@ class Evaluation:
             if prefix_ids and (prompts or settings.texts.with_bos) and not reads_bos(folder):
                 LOGGER.warning("%s: was made without the BOS that is read here, so that %s", folder, LACKS_BOS)
         self._run_name = run_name(self._generation.decoding, settings.acceptance.similarity_threshold)
-        map_path = settings.acceptance.map_path
+        map_path = settings.acceptance_map
         self._fitted: AcceptanceMap | None = read_map(map_path) if map_path else None
         self._similarities: list[float] = []  # of this command's proposals
         self._parts: list[str] = []  # of the summary
@@ -243,15 +232,7 @@ class Evaluation:
 
     @property
     def _acceptance(self) -> Acceptance:
-        settings = self._settings.acceptance
-        return Acceptance(
-            settings.similarity_threshold,
-            settings.policy,
-            settings.q_max,
-            self._fitted,
-            settings.min_first_token_prob,
-            settings.reject_repeats,
-        )
+        return replace(self._settings.acceptance, fitted=self._fitted)
 
     def _decode_text(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
