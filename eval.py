@@ -81,6 +81,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="accept no chunk with which the text would end in the same 2 to 32 tokens twice in a row",
     )
     parser.add_argument(
+        "--neighbors",
+        type=POSITIVE_INT,
+        default=1,
+        metavar="K",
+        help="rows that propose: one of the K most similar is drawn, of similarity s with a probability in proportion to"
+        " exp(s / T); 1 is the paper's rule. --fit_acceptance fits T and how much of a chunk is proposed",
+    )
+    parser.add_argument(
+        "--neighbor_temperature",
+        type=Range(float, above=0),
+        default=0.02,
+        metavar="T",
+        help="of --neighbors, in cosine similarity, where no map is fitted",
+    )
+    parser.add_argument(
         "--q_max",
         type=Range(float, above=0, below=1),
         default=0.999,
@@ -162,15 +177,24 @@ def refuse_idle_flags(parser: StageParser, args: argparse.Namespace) -> None:
         names = (
             "min_first_token_prob",
             "reject_repeats",
+            "neighbors",
+            "neighbor_temperature",
             "acceptance",
             "q_max",
             "acceptance_map",
             "sweep_similarity_threshold",
         )
         parser.refuse_flags(args, names, "is about the acceptance of chunks, of which there is none here")
+    if args.acceptance_map:
+        parser.refuse_flags(args, ("neighbors",), "is in the --acceptance_map")
+    if args.acceptance_map or args.fit_acceptance or args.neighbors == 1:
+        message = "says nothing where one row proposes, and where a map is fitted that has its own"
+        parser.refuse_flags(args, ("neighbor_temperature",), message)
+    if args.neighbors > 1:
+        parser.refuse_flags(args, ("reject_repeats",), "is about one proposal, so it needs --neighbors 1")
     if args.temperature == 0:
         parser.refuse_flags(args, ("top_k", "top_p"), "says nothing at --temperature 0, which draws nothing")
-        accepts_at_random = args.acceptance == "bernoulli" and args.decoding == "chunk"
+        accepts_at_random = args.decoding == "chunk" and (args.acceptance == "bernoulli" or args.neighbors > 1)
         if args.num_return_sequences > 1 and not accepts_at_random:
             parser.error("--num_return_sequences: at --temperature 0 all texts of a prompt are the same")
     if not args.exclude_huge_token_tries:
@@ -265,7 +289,7 @@ def settings_of(
     args: argparse.Namespace, prompts: list[Prompt], trie_folder: Path | None, excluded: frozenset[int]
 ) -> "EvaluationSettings":
     """The flags by what they are about."""
-    from utils.decoding.acceptance import Acceptance
+    from utils.decoding.acceptance import Acceptance, NeighborMixture
     from utils.decoding.draft import DraftSettings
     from utils.evaluation import runner
 
@@ -328,6 +352,7 @@ def settings_of(
             args.q_max,
             min_first_token_prob=args.min_first_token_prob,
             reject_repeats=args.reject_repeats,
+            neighbors=NeighborMixture(args.neighbors, args.neighbor_temperature) if args.neighbors > 1 else None,
         ),
         acceptance_map=args.acceptance_map,
         generation=generation,

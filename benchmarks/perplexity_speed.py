@@ -30,8 +30,8 @@ from utils.cli import POSITIVE_INT, Parser, run_script
 from utils.datastore.flattened import unit_rows
 from utils.datastore.store import Datastore, TokenTrie
 from utils.decoding.acceptance import Acceptance
-from utils.evaluation.marginal import Proposals, log_likelihoods
-from utils.evaluation.perplexity import Positions, TextSize, cdlm_figures, fill_in_nearest, setting_probabilities
+from utils.evaluation.marginal import Proposals
+from utils.evaluation.perplexity import Positions, TextSize, cdlm_figures, fill_in_nearest, setting_log_likelihoods
 from utils.lm.model import CausalLM, pick_device
 from utils.progress import ProgressBar
 
@@ -121,10 +121,10 @@ def measure_part(lm: CausalLM, datastore: Datastore, token_ids: np.ndarray, batc
     fill_in_nearest(found, datastore, positions)
     found_at = time.perf_counter()
     found = replace(found, log_probs=positions.log_probs)
-    probabilities = np.stack([setting_probabilities(Acceptance(t, "bernoulli"), found) for t in SETTINGS])
-    log_likelihoods(found, probabilities)
+    settings = [Acceptance(t, "bernoulli") for t in SETTINGS]
+    setting_log_likelihoods(settings, found)
     summed_at = time.perf_counter()
-    cdlm_figures(found, probabilities, TextSize(n, n))
+    cdlm_figures(found, settings, TextSize(n, n))
     return {
         "LM": seconds,
         "proposals": found_at - started,

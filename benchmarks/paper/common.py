@@ -15,15 +15,16 @@ from benchmarks.common import write_json
 from benchmarks.paper.datastores import SMALL, Work, add_work, work_of
 from utils.cli import COSINE, POSITIVE_INT, Parser, Range, file_name
 from utils.datastore.store import Datastore, open_datastore
-from utils.decoding.acceptance import Acceptance, AcceptanceMap
-from utils.evaluation.marginal import Proposals, log_likelihoods
+from utils.decoding.acceptance import Acceptance
+from utils.evaluation.marginal import Proposals
 from utils.evaluation.perplexity import (
+    Setting,
     TextSize,
     cdlm_figures,
     find_proposals,
     fit_maps,
     plan_text,
-    setting_probabilities,
+    setting_log_likelihoods,
 )
 from utils.files import make_folder, require_file
 from utils.lm.model import (
@@ -45,7 +46,7 @@ THETAS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.995)
 DEFAULT, TUNED, CONSTANT, FITTED = "default map, θ", "default map, tuned θ", "best constant q", "fitted map"
 N_RESAMPLES = 2000
 
-Maps = dict[str, Acceptance | AcceptanceMap]
+Maps = dict[str, Setting]
 
 
 # ---- Flags
@@ -179,16 +180,16 @@ class Reader:
         """The settings that every table shows side by side, each chosen or fitted on the validation split alone."""
         fitted, constant = fit_maps(self.validation.path, validation, self.args.q_max)
         by_theta = [Acceptance(theta, "bernoulli", self.args.q_max) for theta in THETAS]
-        tried = log_likelihoods(validation, np.stack([setting_probabilities(each, validation) for each in by_theta]))
+        tried = setting_log_likelihoods(by_theta, validation)
         return {
             DEFAULT: Acceptance(self.args.similarity_threshold, "bernoulli", self.args.q_max),
             TUNED: by_theta[int(tried.sum(axis=1).argmax())],
-            CONSTANT: AcceptanceMap((0.0,), (constant,)),
+            CONSTANT: constant,
             FITTED: fitted,
         }
 
 
-def shown(name: str, setting: Acceptance | AcceptanceMap) -> str:
+def shown(name: str, setting: Setting) -> str:
     """A setting in words, with its number."""
     if isinstance(setting, Acceptance):
         return f"{name} {setting.similarity_threshold:g}"
@@ -211,8 +212,8 @@ def of_passages(values: np.ndarray, passages: np.ndarray) -> np.ndarray:
 
 def cdlm_rows(maps: Maps, proposals: Proposals, size: TextSize) -> dict[str, Any]:
     """The figures of each setting, and under "log_p" the log-likelihoods of the windows."""
-    probabilities = np.stack([setting_probabilities(setting, proposals) for setting in maps.values()])
-    figures, log_p = cdlm_figures(proposals, probabilities, size), log_likelihoods(proposals, probabilities)
+    settings = list(maps.values())
+    figures, log_p = cdlm_figures(proposals, settings, size), setting_log_likelihoods(settings, proposals)
     return {
         name: {"shown": shown(name, setting), "log_p": of_windows} | found
         for (name, setting), found, of_windows in zip(maps.items(), figures, log_p, strict=True)

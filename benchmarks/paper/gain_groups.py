@@ -51,7 +51,9 @@ def entry_rows_of(plan: WindowPlan, datastore: Datastore) -> np.ndarray:
 
 def composition(proposals: Proposals, maps: Maps, entry_rows: np.ndarray) -> dict[str, Any]:
     """For each group its share of the positions, how many matched, and its gain under each map."""
-    by_map = {name: gains(proposals, setting_probabilities(each, proposals)) for name, each in maps.items()}
+    by_map = {
+        name: gains(proposals, setting_probabilities(each, proposals), each.mixture) for name, each in maps.items()
+    }
     n = proposals.lengths
     firsts = np.cumsum(n) - n
 

@@ -36,8 +36,8 @@ from benchmarks.paper.generating import (
 )
 from utils.cli import COSINE, Parser, Range, run_script
 from utils.datastore.store import Datastore, open_datastore
-from utils.decoding.acceptance import Acceptance, AcceptanceMap
-from utils.evaluation.perplexity import base_figures, fit_maps
+from utils.decoding.acceptance import Acceptance
+from utils.evaluation.perplexity import Setting, base_figures, fit_maps
 from utils.files import InputError
 from utils.lm.model import CausalLM
 
@@ -85,10 +85,8 @@ def perplexities(reader: Reader, lm: CausalLM, datastore: Datastore, thetas: Seq
     fitted, constant = fit_maps(
         reader.validation.path, reader.proposals(lm, datastore, reader.validation), reader.args.q_max
     )
-    settings: dict[str, Acceptance | AcceptanceMap] = {
-        f"{theta}": Acceptance(theta, "bernoulli", reader.args.q_max) for theta in thetas
-    }
-    settings |= {CONSTANT: AcceptanceMap((0.0,), (constant,)), FITTED: fitted}
+    settings: dict[str, Setting] = {f"{theta}": Acceptance(theta, "bernoulli", reader.args.q_max) for theta in thetas}
+    settings |= {CONSTANT: constant, FITTED: fitted}
     proposals = reader.proposals(lm, datastore, reader.test)
     rows = without_windows(cdlm_rows(settings, proposals, reader.test.size))
     of_theta = [rows[f"{theta}"] for theta in thetas]

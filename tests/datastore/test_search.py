@@ -1,5 +1,6 @@
 """The row found is the true maximum, as float64 over all rows finds it, whichever way is taken and whatever the rows."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -341,6 +342,52 @@ def test_a_half_product_that_is_rounded_on_the_way_is_not_used(monkeypatch: pyte
     assert state(VectorIndex(unit(noise(9, 301, 1)), "half"), 9, 301) == "half"
     monkeypatch.setattr(torch, "mv", rounded_on_the_way)
     assert state(VectorIndex(unit(noise(9, 302, 1)), "half"), 9, 302) == "product"
+
+
+def require_k_nearest(rows: Tensor, queries: Tensor, k: int, device: str = "cpu") -> None:
+    found, similarities = (each.cpu() for each in VectorIndex(rows.to(device)).nearest_k(queries.to(device), k))
+    assert found.shape == similarities.shape == (len(queries), min(k, len(rows)))
+    for i, query in enumerate(queries):
+        exact = brute_force(query, rows)
+        wanted = np.sort(exact)[::-1][: min(k, len(rows))].clip(-1, 1)
+        assert similarities[i].numpy() == pytest.approx(wanted, abs=SUM_ROUNDING)
+        chosen = found[i].tolist()
+        assert len(set(chosen)) == len(chosen)
+        assert exact[chosen].clip(-1, 1) == pytest.approx(wanted, abs=SUM_ROUNDING)
+        for row, after in itertools.pairwise(chosen):
+            assert row < after or not (rows[row] == rows[after]).all(), "equal rows are in ascending order"
+        equal_to_last = (rows == rows[chosen[-1]]).all(dim=1).nonzero()[:, 0].tolist()
+        left_out = set(equal_to_last) - set(chosen)
+        assert min(left_out, default=len(rows)) > chosen[-1], "of equal rows the lowest are there"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "d", "k"), [(1, 33, 4), (63, 20, 63), (65, 5, 1), (530, 130, 64), (300, 40, 7)])
+def test_the_k_nearest_are_those_of_brute_force(kind: str, n: int, d: int, k: int) -> None:
+    rows = unit(KINDS[kind](n, d, n + k))
+    require_k_nearest(rows, queries_for(rows, n), k)
+
+
+def test_more_rows_than_are_compared_at_first_may_tie(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = unit(noise(4, 50, 3)).repeat(60, 1)
+    monkeypatch.setattr(utils.datastore.search, "SCORES_AT_ONCE", 3000)  # some queries at a time
+    require_k_nearest(rows, queries_for(rows, 2), 10)
+
+
+def test_k_nearest_of_no_query_and_of_bad_ones() -> None:
+    index = VectorIndex(unit(noise(9, 6, 1)))
+    assert [each.shape for each in index.nearest_k(torch.empty(0, 6), 4)] == [(0, 4), (0, 4)]
+    with pytest.raises(ValueError, match="have 6 dimensions"):
+        index.nearest_k(torch.ones(2, 5), 4)
+    with pytest.raises(InputError, match="NaN or infinity"):
+        index.nearest_k(torch.full((2, 6), math.nan), 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_k_nearest_on_cuda_are_those_of_brute_force(kind: str) -> None:
+    rows = unit(KINDS[kind](777, 130, 9))
+    require_k_nearest(rows, queries_for(rows, 9), 64, "cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

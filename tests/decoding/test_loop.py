@@ -124,7 +124,7 @@ def test_a_newline_that_proposes_itself_for_ever_is_stopped_by_the_lm(lm):
     """The datastore has nothing but chunks of one token after itself, which are similar enough to every hidden state."""
     with torch.inference_mode():
         probs = [
-            relative_probs(lm.forward(torch.tensor([[5, 6, v]]))[1][0, -1:], torch.tensor([v])) for v in range(100)
+            relative_probs(lm.forward(torch.tensor([[5, 6, v]]))[1][0, -1:], torch.tensor([[v]])) for v in range(100)
         ]
     newline, vectors = int(torch.cat(probs).argmin()), np.eye(32)
     store = Datastore.of([trie(newline, [(vector, [newline] * 8) for vector in [*vectors, *-vectors]])], 32)

@@ -26,7 +26,7 @@ def proposed(retriever: Retriever, hidden_state: torch.Tensor, uniform: float = 
     search = retriever.start_search(7, hidden_state, LOGITS)
     assert search is not None
     assert not search.is_pending
-    return retriever.proposal(search, None, uniform, [7])
+    return retriever.proposal(search, None, (uniform, 0.0), [7])
 
 
 def test_the_proposal_is_the_most_similar_row_whatever_the_querys_length() -> None:

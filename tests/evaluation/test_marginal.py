@@ -6,8 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from utils.decoding.acceptance import AcceptanceMap
-from utils.evaluation.marginal import Proposals, fit_map, gains, log_likelihoods, posteriors
+from utils.decoding.acceptance import AcceptanceMap, NeighborMixture
+from utils.evaluation.marginal import (
+    Neighbors,
+    Proposals,
+    expected_chunk_tokens,
+    fit_map,
+    gains,
+    log_likelihoods,
+    posteriors,
+)
 
 
 def random_proposals(rng: np.random.Generator, lengths: list[int]) -> Proposals:
@@ -190,3 +198,140 @@ def test_em_refuses_a_text_without_proposals():
     nothing = Proposals(lengths, np.full(60, -1.0), np.full(60, np.nan), *np.zeros((2, 60), dtype=int))
     with pytest.raises(ValueError, match="proposes nothing"):
         fit_map(nothing, 0.999)
+
+
+# ---- K rows that propose
+
+
+def random_neighbors(rng: np.random.Generator, lengths: list[int], k: int) -> Proposals:
+    """As `random_proposals`, of up to k rows, most similar first."""
+    n = sum(lengths)
+    left = np.concatenate([np.arange(length, 0, -1) for length in lengths])[:, None]
+    n_rows = rng.integers(0, k + 1, n)
+    there = np.arange(k) < n_rows[:, None]
+    chunk_lengths = np.where(there, np.minimum(rng.integers(1, 5, (n, k)), left), 0)
+    agreeing = np.minimum(np.where(rng.random((n, k)) < 0.5, 4, rng.integers(0, 3, (n, k))), chunk_lengths)
+    similarities = np.where(there, -np.sort(-rng.uniform(-1, 1, (n, k)), axis=1), np.nan)
+    log_probs = np.log(rng.uniform(0.01, 1, n))
+    columns = (similarities, chunk_lengths, agreeing)
+    return Proposals(np.array(lengths), log_probs, *(each[:, 0] for each in columns), Neighbors(*columns))
+
+
+def length_probability(n_tokens: int, chunk_length: int, continuation: tuple[float, ...]) -> float:
+    """That of a chunk the first tokens are proposed, by one decision after the other."""
+    rho = [continuation[min(j, len(continuation) - 1)] for j in range(chunk_length - 1)]
+    going_on = float(np.prod(rho[: n_tokens - 1]))
+    return going_on if n_tokens == chunk_length else going_on * (1 - rho[n_tokens - 1])
+
+
+def summed_over_rows(
+    neighbors: Neighbors, log_probs: np.ndarray, q: np.ndarray, mixture: NeighborMixture, at: int = 0
+) -> float:
+    """The probability of the text from a position on: every row and length that may be drawn, one by one."""
+    if at == len(log_probs):
+        return 1.0
+    total = (1 - q[at]) * np.exp(log_probs[at]) * summed_over_rows(neighbors, log_probs, q, mixture, at + 1)
+    known = ~np.isnan(neighbors.similarities[at])
+    weights = np.exp(neighbors.similarities[at][known] / mixture.temperature)
+    for k, weight in enumerate(weights / weights.sum()):
+        for n_tokens in range(1, int(neighbors.agreeing[at, k]) + 1):
+            drawn = weight * length_probability(n_tokens, neighbors.chunk_lengths[at, k], mixture.continuation)
+            total += q[at] * drawn * summed_over_rows(neighbors, log_probs, q, mixture, at + n_tokens)
+    return total
+
+
+@pytest.mark.parametrize("continuation", [(1.0,), (0.6,), (0.3, 0.9, 0.5)])
+def test_the_sum_over_rows_and_lengths_equals_one_by_one(continuation):
+    rng = np.random.default_rng(6)
+    mixture = NeighborMixture(3, 0.4, continuation)
+    proposals = random_neighbors(rng, [1, 6, 3, 8], 3)
+    q = rng.uniform(0, 1, (2, 18)) * (proposals.chunk_lengths > 0)
+    got = log_likelihoods(proposals, q, mixture)
+    neighbors = proposals.neighbors
+    for s in range(2):
+        for w, part in enumerate(proposals.windows()):
+            of_window = Neighbors(neighbors.similarities[part], neighbors.chunk_lengths[part], neighbors.agreeing[part])
+            wanted = summed_over_rows(of_window, proposals.log_probs[part], q[s, part], mixture)
+            assert got[s, w] == pytest.approx(np.log(wanted), abs=1e-12)
+    assert gains(proposals, q[0], mixture).sum() == pytest.approx(got[0].sum() - proposals.log_probs.sum(), abs=1e-9)
+
+
+def test_one_row_and_whole_chunks_are_the_papers_rule_to_the_last_digit():
+    rng = np.random.default_rng(7)
+    proposals = random_neighbors(rng, [60, 5, 33], 4)
+    q = rng.uniform(0, 1, (2, 98)) * (proposals.chunk_lengths > 0)
+    one = NeighborMixture(1)
+    assert log_likelihoods(proposals.nearest(1), q, one).tolist() == log_likelihoods(proposals, q).tolist()
+    found, wanted = posteriors(proposals.nearest(1), q[0], one), posteriors(proposals, q[0])
+    assert found.accepted.tolist() == wanted.accepted.tolist()
+    brought = wanted.accepted @ proposals.chunk_lengths
+    assert expected_chunk_tokens(proposals, q[0]) == pytest.approx(brought, abs=1e-9)
+
+
+def toy_chunks(rng: np.random.Generator) -> tuple[list[list[tuple[int, ...]]], np.ndarray]:
+    """Of a vocabulary of 3: up to three chunks of each entry token, and their similarities, descending."""
+    chunks = [[(1, 2), (1,), (0, 0, 2)], [(0,), (2, 2, 0, 1, 1, 1)], [(2, 1, 0)]]
+    similarities = np.full((3, 3), np.nan)
+    for entry, of_entry in enumerate(chunks):
+        similarities[entry, : len(of_entry)] = -np.sort(-rng.uniform(0, 1, len(of_entry)))
+    return chunks, similarities
+
+
+def of_text(text, entries, chunks, similarities, p) -> Proposals:
+    n = len(text)
+    columns = np.zeros((2, n, 3), dtype=int)
+    for i, entry in enumerate(entries):
+        for k, chunk in enumerate(chunks[entry]):
+            cut = chunk[: n - i]
+            columns[0, i, k] = len(cut)
+            pairs = zip(cut, text[i:], strict=False)
+            columns[1, i, k] = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    neighbors = Neighbors(similarities[list(entries)], *columns)
+    log_probs = np.log([p[entry, token] for entry, token in zip(entries, text, strict=True)])
+    return Proposals(np.array([n]), log_probs, neighbors.similarities[:, 0], *columns[:, :, 0], neighbors)
+
+
+def test_with_k_rows_the_probabilities_of_all_continuations_add_up_to_one_and_are_those_of_the_generator():
+    rng = np.random.default_rng(8)
+    p, q = rng.dirichlet(np.ones(3), size=3), rng.uniform(0.2, 0.9, 3)
+    chunks, similarities = toy_chunks(rng)
+    mixture = NeighborMixture(3, 0.3, (0.7, 0.4))
+    wanted = {}
+    for text in itertools.product(range(3), repeat=4):
+        entries = (0, *text[:-1])
+        proposals = of_text(text, entries, chunks, similarities, p)
+        wanted[text] = float(np.exp(log_likelihoods(proposals, q[None, list(entries)], mixture)[0, 0]))
+    assert sum(wanted.values()) == pytest.approx(1.0, abs=1e-12)
+    n_draws = 40_000
+    counts = dict.fromkeys(wanted, 0)
+    for _ in range(n_draws):
+        text = [0]
+        while len(text) < 5:
+            entry = text[-1]
+            if rng.random() < q[entry]:
+                lengths = np.array([len(chunk) for chunk in chunks[entry]])
+                row, n_tokens = mixture.draw(similarities[entry, : len(lengths)], lengths, rng.random())
+                text += chunks[entry][row][:n_tokens]
+            else:
+                text.append(int(rng.choice(3, p=p[entry])))
+        counts[tuple(text[1:5])] += 1
+    statistic = sum((counts[text] - n_draws * share) ** 2 / (n_draws * share) for text, share in wanted.items())
+    assert statistic < 80 + 4 * np.sqrt(2 * 80)  # χ² of 80 degrees of freedom
+
+
+def test_em_of_a_mixture_never_lowers_the_likelihood_and_beats_one_row():
+    rng = np.random.default_rng(9)
+    proposals = random_neighbors(rng, [50] * 30, 4)
+    fitted, history = fit_map(proposals, 0.999, n_knots=5, n_neighbors=4, prefixes=True)
+    assert all(after >= before - 1e-7 for before, after in itertools.pairwise(history))
+    assert fitted.mixture is not None
+    assert fitted.mixture.n_neighbors == 4
+    assert all(0 <= rho <= 1 for rho in fitted.mixture.continuation)
+    q = np.where(np.isnan(proposals.similarities), 0, fitted(proposals.similarities))
+    assert log_likelihoods(proposals, q[None], fitted.mixture).sum() == pytest.approx(history[-1], abs=1e-6)
+    for rho in fitted.mixture.continuation[:3]:
+        for other in (rho - 0.05, rho + 0.05):
+            tried = tuple(min(max(other, 0), 1) if each == rho else each for each in fitted.mixture.continuation)
+            worse = log_likelihoods(proposals, q[None], replace(fitted.mixture, continuation=tried)).sum()
+            assert worse <= history[-1] + 1e-2  # EM stops within 1e-8 a position
+    assert history[-1] > fit_map(proposals, 0.999, n_knots=5)[1][-1]

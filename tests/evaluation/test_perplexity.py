@@ -18,13 +18,20 @@ from decoding_cases import PROMPTS, datastore_near_text, repeats, trie
 from pipelines import Pipeline, build
 
 from utils.datastore.store import Datastore
-from utils.decoding.acceptance import Acceptance
+from utils.decoding.acceptance import Acceptance, NeighborMixture
 from utils.decoding.loop import Decoding, decode
 from utils.decoding.retriever import Retriever
 from utils.decoding.types import Request
 from utils.evaluation import perplexity
-from utils.evaluation.marginal import Proposals, log_likelihoods
-from utils.evaluation.perplexity import TextSize, base_figures, base_log_likelihoods, cdlm_figures, find_proposals
+from utils.evaluation.marginal import Neighbors, Proposals
+from utils.evaluation.perplexity import (
+    TextSize,
+    base_figures,
+    base_log_likelihoods,
+    cdlm_figures,
+    find_proposals,
+    setting_log_likelihoods,
+)
 from utils.lm.model import CausalLM, load_lm, load_tokenizer
 from utils.lm.sampling import Sampler
 from utils.text.corpora import Passage
@@ -71,7 +78,7 @@ def test_without_retrieval_perplexity_is_the_base_lms(plan_of):
     size = TextSize(67, 100)
     base = base_figures(find_proposals(lm, None, plan, 2), size)
     with_store = find_proposals(lm, store, plan, 2)
-    (never,) = cdlm_figures(with_store, Acceptance(1.0).probability(with_store.similarities)[None], size)
+    (never,) = cdlm_figures(with_store, [Acceptance(1.0)], size)
     assert never["nll"] == pytest.approx(base["nll"], abs=1e-9)
     assert never["ratio"] == pytest.approx(1.0, abs=1e-12)
     assert never["from_chunks"] == 0.0
@@ -112,7 +119,18 @@ def test_proposals_equal_those_found_position_by_position(plan_of):
     assert 0 < found.matches.sum() < at
 
 
-def test_marginal_probabilities_are_the_generators_frequencies(plan_of):
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {},
+        {"min_first_token_prob": 0.6},
+        {"neighbors": NeighborMixture(3, 0.2)},
+        {"neighbors": NeighborMixture(4, 0.3, (0.6, 0.3))},
+        {"neighbors": NeighborMixture(3, 0.2, (0.5,)), "min_first_token_prob": 0.6},
+    ],
+    ids=["the paper's", "asks the LM", "rows", "rows and prefixes", "rows and prefixes, asks the LM"],
+)
+def test_marginal_probabilities_are_the_generators_frequencies(rule, plan_of):
     """No importance weights: texts of three tokens over a vocabulary of five, drawn 30,000 times."""
     lm, prompt, n_draws = tiny_lm("five tokens"), [1, 2], 30_000
     rng = np.random.default_rng(0)
@@ -121,19 +139,24 @@ def test_marginal_probabilities_are_the_generators_frequencies(plan_of):
         vectors = rng.normal(size=(4, lm.hidden_size))
         rows = [(v / np.linalg.norm(v), rng.integers(0, 5, int(rng.integers(1, 4))).tolist()) for v in vectors]
         tries.append(trie(entry, rows))
-    store, acceptance = Datastore.of(tries, lm.hidden_size), Acceptance(0.3, "bernoulli")
+    store, acceptance = Datastore.of(tries, lm.hidden_size), Acceptance(0.3, "bernoulli", **rule)
     counts: dict[tuple[int, ...], int] = {}
     decoding = Decoding(Sampler.from_settings(1.0, None, None), frozenset(), Retriever(store, acceptance), 500)
     for generation in decode(lm, [Request(i, prompt, 3) for i in range(n_draws)], decoding):
         counts[tuple(generation.new_token_ids)] = counts.get(tuple(generation.new_token_ids), 0) + 1
     texts = [[*prompt, a, b, c] for a in range(5) for b in range(5) for c in range(5)]
-    proposals = find_proposals(lm, store, plan_of(texts), 25)
+    proposals = find_proposals(lm, store, plan_of(texts), 25, acceptance)
     # The prompt's own second token is given, not generated: it is not summed over.
     of_prompt = np.arange(0, len(proposals.log_probs), 4)
     kept = np.setdiff1d(np.arange(len(proposals.log_probs)), of_prompt)
     values = (proposals.log_probs, proposals.similarities, proposals.chunk_lengths, proposals.agreeing)
-    cut = type(proposals)(np.full(125, 3), *(column[kept] for column in values))
-    p = np.exp(log_likelihoods(cut, acceptance.probability(cut.similarities)[None])[0])
+    neighbors = None
+    if proposals.neighbors is not None:
+        of_rows = proposals.neighbors
+        columns = (of_rows.similarities, of_rows.chunk_lengths, of_rows.agreeing)
+        neighbors = Neighbors(*(column[kept] for column in columns))
+    cut = Proposals(np.full(125, 3), *(column[kept] for column in values), neighbors)
+    p = np.exp(setting_log_likelihoods([acceptance], cut)[0])
     assert p.sum() == pytest.approx(1.0, abs=1e-6)
     got = np.array([counts.get(tuple(text[2:]), 0) for text in texts]) / n_draws
     floor = max(0.5 * np.abs(rng.multinomial(n_draws, p / p.sum()) / n_draws - p).sum() for _ in range(20))

@@ -502,7 +502,7 @@ def proposals_in(folder: Path, lm: "CausalLM", token_ids: list[int]) -> list[Pro
         trie = flattened_trie(folder, token_id)
         for position in (n for n, other in enumerate(token_ids) if other == token_id):
             row, similarity = trie.index.nearest(queries[position])
-            prob = float(relative_probs(logits[position : position + 1], trie.first_ids[row : row + 1]))
+            prob = float(relative_probs(logits[position : position + 1], trie.first_ids[None, row : row + 1]))
             nearest[position] = similarity, prob, trie.chunk(row)
     return [
         _proposal(token_ids, position, *nearest.get(position, (math.nan, math.nan, [])))

@@ -44,6 +44,7 @@ DIMENSIONS = 63  # of the bounds, which with the length of the rest makes 64 col
 SAMPLE_ROWS = 1024  # that the directions are found from
 FEW = 64  # rows compared in float64 without another product in float32 before
 FEW_OF_HALVES = 512  # on a device, of the best by float16, which tells fewer apart
+MORE_THAN_K = 32  # rows compared in float64 beyond the K that are asked for
 MISSES = 8  # searches in a row whose bounds left more than 1 row in MISS_SHARE, after which they are given up
 MISS_SHARE = 8  # gathering a row costs some three times as much as passing over it
 BLOCK_NUMBERS = 2**20  # gathered at a time
@@ -147,6 +148,25 @@ class VectorIndex:
         found = [self._nearest_of_block(block) for block in queries.detach().split(step) if len(block)]
         if not found:
             return self._rows.new_empty(0, dtype=torch.int64), self._rows.new_empty(0, dtype=torch.float64)
+        return torch.cat([rows for rows, _ in found]), torch.cat([similarities for _, similarities in found])
+
+    def nearest_k(self, queries: Tensor, n_neighbors: int) -> tuple[Tensor, Tensor]:
+        """The rows most similar to each query, most similar first, ties in ascending order, by products with all rows.
+
+        queries (M, D) as of `nearest`; returns rows (M, K) int64 and similarities (M, K) float64 in [-1, 1], K being the
+        lesser of n_neighbors >= 1 and N, on the rows' device.
+        """
+        if queries.ndim != 2 or queries.shape[1] != self._rows.shape[1]:
+            raise ValueError(
+                f"the queries have shape {tuple(queries.shape)}, the rows have {self._rows.shape[1]} dimensions"
+            )
+        k = min(n_neighbors, len(self._rows))
+        n_compared = min(k + MORE_THAN_K, len(self._rows))
+        # The rows that are compared are gathered in float64.
+        step = max(SCORES_AT_ONCE // max(len(self._rows), 2 * n_compared * self._rows.shape[1]), 1)
+        found = [self._nearest_k_of_block(block, k, n_compared) for block in queries.detach().split(step) if len(block)]
+        if not found:
+            return self._rows.new_empty((0, k), dtype=torch.int64), self._rows.new_empty((0, k), dtype=torch.float64)
         return torch.cat([rows for rows, _ in found]), torch.cat([similarities for _, similarities in found])
 
     # ---- One query on the host: numpy on what torch multiplied, since numpy's own threads would get in torch's way
@@ -275,6 +295,27 @@ class VectorIndex:
         for i in ((close.sum(dim=1) != 1) & ~is_zero).nonzero()[:, 0].tolist():
             rows[i], similarities[i] = self._compared(close[i].nonzero()[:, 0], vectors[i], exact[i], 1.0)
         return rows, similarities
+
+    def _nearest_k_of_block(self, queries: Tensor, k: int, n_compared: int) -> tuple[Tensor, Tensor]:
+        """The best by a float32 product are compared in float64; where others may be among the K, all these are."""
+        exact = _unit_rows(queries.to(self._rows.device))
+        if not bool(exact.isfinite().all()):
+            raise InputError(NOT_FINITE)
+        scores = torch.mm(exact.float(), self._rows.T)
+        top = torch.topk(scores, n_compared)
+        candidates = top.indices.sort(dim=1).values
+        similarities = torch.bmm(self._rows[candidates].double(), exact[:, :, None])[:, :, 0]
+        best, order = (each[:, :k] for each in similarities.sort(dim=1, descending=True, stable=True))
+        rows = candidates.gather(1, order)
+        if n_compared < len(self._rows):
+            missed = top.values[:, -1].double() + 2 * self._product_error() >= best[:, -1]
+            for i in missed.nonzero()[:, 0].tolist():
+                possible = (scores[i] >= best[i, -1] - 2 * self._product_error()).nonzero()[:, 0]
+                blocks = possible.split(self._block)
+                of_query = torch.cat([(self._rows[block].double() * exact[i]).sum(dim=1) for block in blocks])
+                best[i], order_i = (each[:k] for each in of_query.sort(descending=True, stable=True))
+                rows[i] = possible[order_i]
+        return rows, best.clamp(-1, 1)
 
     def _product_error(self) -> float:
         # Where torch may multiply float32 matrices as tf32 or bf16, each factor is rounded to as few as 8 bits.

@@ -26,12 +26,58 @@ SHORTEST_REPEAT, LONGEST_REPEAT = 2, 32  # tokens; two newlines are no repeat, f
 
 
 @dataclass(frozen=True)
+class NeighborMixture:
+    """What is proposed where the K most similar rows propose: one of them, drawn, and its chunk or a prefix of it.
+
+    Row k is drawn with a probability in proportion to exp(similarity / temperature). Of its chunk of L tokens the first is
+    proposed, and after the j-th the next with probability ρ_j; the whole chunk so with ρ_1 … ρ_{L-1}. continuation: the ρ,
+    the last of which holds for all beyond; (1.0,) proposes whole chunks.
+    """
+
+    n_neighbors: int
+    temperature: float = 0.02
+    continuation: tuple[float, ...] = (1.0,)
+
+    def weights(self, similarities: np.ndarray) -> np.ndarray:
+        """(N, K) the probability of each row; similarities (N, K), NaN where there are fewer rows, which get 0."""
+        # Where there is no row at all, nanmax would warn.
+        known = np.where(np.isnan(similarities), -np.inf, similarities)
+        highest = known.max(axis=1, keepdims=True)
+        weights = np.exp((known - np.where(np.isfinite(highest), highest, 0.0)) / self.temperature)
+        return np.asarray(weights / np.maximum(weights.sum(axis=1, keepdims=True), np.finfo(float).tiny))
+
+    def continuations(self, n_tokens: int) -> np.ndarray:
+        """(n_tokens,) ρ of each."""
+        return np.array([self.continuation[min(i, len(self.continuation) - 1)] for i in range(n_tokens)])
+
+    def draw(self, similarities: np.ndarray, chunk_lengths: np.ndarray, uniform: float) -> tuple[int, int]:
+        """Which row is proposed and how many tokens of its chunk; similarities and chunk_lengths (K,), uniform in [0, 1)."""
+        row, rest = _inverse(self.weights(similarities[None])[0], uniform)
+        length = int(chunk_lengths[row])
+        reached = np.concatenate([[1.0], np.cumprod(self.continuations(length - 1)), [0.0]])
+        return row, 1 + _inverse(reached[:-1] - reached[1:], rest)[0]
+
+
+def _inverse(probabilities: np.ndarray, uniform: float) -> tuple[int, float]:
+    """The first whose cumulative probability is above uniform in [0, 1), and where in its own share uniform lies."""
+    upper = np.cumsum(probabilities)
+    chosen = min(int(np.searchsorted(upper, uniform * upper[-1], side="right")), len(upper) - 1)
+    chosen = min(chosen, int(np.flatnonzero(probabilities)[-1]))  # rounding leaves none of no probability
+    lower = upper[chosen] - probabilities[chosen]
+    return chosen, float(np.clip((uniform * upper[-1] - lower) / probabilities[chosen], 0.0, 1 - 1e-16))
+
+
+@dataclass(frozen=True)
 class AcceptanceMap:
-    """g: probabilities at knots of similarity, both ascending, linear between them. `origin`: what it was fitted to."""
+    """g: probabilities at knots of similarity, both ascending, linear between them. `origin`: what it was fitted to.
+
+    mixture: of the K rows that it was fitted with; None: the most similar one proposes its whole chunk.
+    """
 
     similarities: tuple[float, ...]
     probabilities: tuple[float, ...]
     origin: dict[str, Any] = field(default_factory=dict)
+    mixture: NeighborMixture | None = None
 
     @classmethod
     def from_threshold(cls, similarity_threshold: float, q_max: float) -> "AcceptanceMap":
@@ -63,14 +109,27 @@ def read_map(path: Path) -> AcceptanceMap:
             and bool(np.isfinite(similarities).all())
             and 0 <= probabilities[0] <= probabilities[-1] < 1
         )
-        origin = dict(found["origin"])
+        origin, mixture = dict(found["origin"]), _mixture_of(found.get("mixture"))
     except (KeyError, TypeError, ValueError, OverflowError):
         is_map = False
     if not is_map:
         raise InputError(
             f"{path}: is not an acceptance map of ascending knots in [0, 1); fit one with --fit_acceptance"
         )
-    return AcceptanceMap(tuple(similarities.tolist()), tuple(probabilities.tolist()), origin)
+    return AcceptanceMap(tuple(similarities.tolist()), tuple(probabilities.tolist()), origin, mixture)
+
+
+def _mixture_of(found: dict[str, Any] | None) -> NeighborMixture | None:
+    """Raises ValueError, KeyError or TypeError where it is none."""
+    if found is None:
+        return None
+    n_neighbors, temperature = int(found["n_neighbors"]), float(found["temperature"])
+    continuation = tuple(float(each) for each in found["continuation"])
+    if n_neighbors < 1 or not 0 < temperature < np.inf or not continuation:
+        raise ValueError("no mixture of neighbours")
+    if not all(0 <= each <= 1 for each in continuation):
+        raise ValueError("no probabilities of going on")
+    return NeighborMixture(n_neighbors, temperature, continuation)
 
 
 def ends_in_repeat(tails: np.ndarray) -> np.ndarray:
@@ -98,7 +157,8 @@ class Acceptance:
     similarity_threshold θ in [-1, 1], where 1 disables retrieval; q_max in (0, 1) caps the default map, and under
     `threshold` is the acceptance probability from θ on; fitted: a map that takes the place of θ's; min_first_token_prob
     δ in [0, 1]: the least probability of a chunk's first token, relative to the LM's likeliest, 0 for the paper's rule;
-    reject_repeats: whether chunks are rejected with which the text `ends_in_repeat`.
+    reject_repeats: whether chunks are rejected with which the text `ends_in_repeat`; neighbors: how K > 1 rows propose
+    where no fitted map says, None for one. Raises ValueError for both: a prefix would have to be asked as the chunk is.
     """
 
     similarity_threshold: float
@@ -107,6 +167,20 @@ class Acceptance:
     fitted: AcceptanceMap | None = None
     min_first_token_prob: float = 0.0
     reject_repeats: bool = False
+    neighbors: NeighborMixture | None = None
+
+    def __post_init__(self) -> None:
+        if self.reject_repeats and self.n_neighbors > 1:
+            raise ValueError("repeats are rejected where one row proposes its whole chunk, not where several do")
+
+    @property
+    def mixture(self) -> NeighborMixture | None:
+        """How K rows propose; None: the most similar one proposes its whole chunk."""
+        return self.neighbors if self.fitted is None else self.fitted.mixture
+
+    @property
+    def n_neighbors(self) -> int:
+        return 1 if self.mixture is None else self.mixture.n_neighbors
 
     @property
     def asks_lm(self) -> bool:

@@ -34,7 +34,7 @@ from utils.decoding.types import (
 from utils.files import InputError
 from utils.lm.kv_cache import Block, KVCache, make_kv_cache
 from utils.lm.model import CausalLM, to_host
-from utils.lm.sampling import ACCEPTANCE_STREAM, NO_DISTRIBUTION, TOKEN_STREAM, Sampler, uniforms
+from utils.lm.sampling import ACCEPTANCE_STREAM, CHUNK_STREAM, NO_DISTRIBUTION, TOKEN_STREAM, Sampler, uniforms
 
 # Slots that a draft may take beyond the text.
 MAX_DRAFT_TOKENS = 256
@@ -82,11 +82,13 @@ class _Sequence:
     search: tuple[float, float] | None = None  # hint and seconds of the last search for a draft; None: there was none
     token_uniforms: list[float] = field(init=False)
     acceptance_uniforms: list[float] = field(init=False)
+    chunk_uniforms: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
         seed, index, n = self.request.seed, self.request.index, self.request.max_new_tokens + 1
         self.token_uniforms = uniforms(seed, index, TOKEN_STREAM, n).tolist()
         self.acceptance_uniforms = uniforms(seed, index, ACCEPTANCE_STREAM, n).tolist()
+        self.chunk_uniforms = uniforms(seed, index, CHUNK_STREAM, n).tolist()
 
     @property
     def n_new(self) -> int:
@@ -268,9 +270,9 @@ class _Loop:
 
     def _accepted(self, sequence: _Sequence, search: ProposalSearch, values: Iterator[list[float]]) -> Proposal | None:
         assert self._decoding.retriever is not None
-        uniform = sequence.acceptance_uniforms[sequence.n_new]
+        of_place = sequence.acceptance_uniforms[sequence.n_new], sequence.chunk_uniforms[sequence.n_new]
         found = next(values) if search.is_pending else None
-        proposal = self._decoding.retriever.proposal(search, found, uniform, sequence.token_ids)
+        proposal = self._decoding.retriever.proposal(search, found, of_place, sequence.token_ids)
         place = len(sequence.token_ids)
         sequence.proposals.append(ProposalRecord(place, proposal.row, proposal.similarity, proposal.first_token_prob))
         if not proposal.accepted:

@@ -4,8 +4,8 @@ The LM reads every window once. The proposals of all positions are found togethe
 token; any number of acceptance settings is then evaluated from them (`marginal.py`).
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.datastore.store import Datastore, TokenTrie
 from utils.decoding.acceptance import LONGEST_REPEAT, Acceptance, AcceptanceMap, ends_in_repeat, save_map
-from utils.evaluation.marginal import Proposals, fit_map, log_likelihoods, posteriors
+from utils.evaluation.marginal import (
+    Neighbors,
+    Proposals,
+    expected_chunk_tokens,
+    fit_map,
+    fit_map_of,
+    log_likelihoods,
+)
 from utils.files import InputError, file_fingerprint
 from utils.json_io import write_json
 from utils.lm.model import CausalLM, require_known_ids
@@ -30,9 +37,15 @@ FITTED_MAP = "acceptance_map.json"
 PERPLEXITY = "perplexity.json"
 # Hidden states kept until their proposals are looked up together: 512 MB.
 HIDDEN_NUMBERS_AT_ONCE = 2**27
+# Chunks that are compared with the text together: 64 MB where they have 64 tokens.
+AGREEING_AT_ONCE = 2**16
 N_RESAMPLES = 2000
 # Counts of windows drawn at a time: 32 MB.
 RESAMPLED_NUMBERS = 2**22
+
+
+# What gives each proposal its probability.
+Setting = Acceptance | AcceptanceMap
 
 
 # ---- A text file
@@ -85,35 +98,39 @@ def plan_text(
     return plan, TextSize(plan.n_tokens - plan.n_windows, max(int(n_bytes.sum()), 1))
 
 
-def fit_maps(path: Path, proposals: Proposals, q_max: float) -> tuple[AcceptanceMap, float]:
+def fit_maps(
+    path: Path, proposals: Proposals, q_max: float, n_neighbors: int = 1
+) -> tuple[AcceptanceMap, AcceptanceMap]:
     """The map under which a text, the file's, is likeliest, and the best constant q; the map's origin says how likely.
 
-    Raises InputError where the datastore proposes nothing in that text.
+    n_neighbors > 1: with the mixture of so many rows, prefixes of chunks among them, which both share. Raises InputError
+    where the datastore proposes nothing in that text.
     """
     try:
-        fitted, history = fit_map(proposals, q_max)
-        constant, _ = fit_map(proposals, q_max, n_knots=1)
+        fitted, history = fit_map(proposals, q_max, n_neighbors=n_neighbors, prefixes=n_neighbors > 1)
+        constant, of_constant = fit_map_of(proposals, q_max, 1, fitted.mixture)
     except ValueError as error:
         raise InputError(f"{path}: {error}; give a text of the datastore's domain") from error
-    best = constant.probabilities[0]
-    of_constant = float(log_likelihoods(proposals, np.where(np.isnan(proposals.similarities), 0, best)[None]).sum())
     origin = {
         "text": file_fingerprint(path),
         "file": path.name,
         "tokens": len(proposals.log_probs),
         "steps": len(history),
         "log_likelihood_base": float(proposals.log_probs.sum()),
-        "log_likelihood_constant": of_constant,
+        "log_likelihood_constant": of_constant[-1],
         "log_likelihood_fitted": history[-1],
-        "constant": best,
+        "constant": constant.probabilities[0],
     }
-    return AcceptanceMap(fitted.similarities, fitted.probabilities, origin), best
+    return replace(fitted, origin=origin), replace(constant, similarities=(0.0,))
 
 
-def fit_acceptance(reader: TextReader, path: Path, save_dir: Path, q_max: float) -> AcceptanceMap:
-    """Fit g to a text, save it in save_dir with the text's fingerprint and the likelihoods, and return it."""
+def fit_acceptance(reader: TextReader, path: Path, save_dir: Path, acceptance: Acceptance) -> AcceptanceMap:
+    """Fit g to a text, save it in save_dir with the text's fingerprint and the likelihoods, and return it.
+
+    acceptance: its q_max and how many rows propose.
+    """
     proposals, _ = reader.read(path)
-    fitted, _ = fit_maps(path, proposals, q_max)
+    fitted, _ = fit_maps(path, proposals, acceptance.q_max, acceptance.n_neighbors)
     save_map(save_dir / FITTED_MAP, fitted)
     return fitted
 
@@ -131,8 +148,7 @@ def evaluate_perplexity(
     proposals, size = reader.read(path)
     constant = None if fitted is None else fitted.origin.get("constant")
     settings = table_settings(thresholds, acceptance, constant)
-    probabilities = [setting_probabilities(setting, proposals) for setting in settings.values()]
-    figures = cdlm_figures(proposals, np.stack(probabilities), size) if settings else []
+    figures = cdlm_figures(proposals, list(settings.values()), size) if settings else []
     found = proposals.similarities[~np.isnan(proposals.similarities)]
     quantiles = np.percentile(found, [5, 25, 50, 75, 95]).tolist() if len(found) else None
     report = {
@@ -141,6 +157,7 @@ def evaluate_perplexity(
         "q_max": acceptance.q_max,
         "min_first_token_prob": acceptance.min_first_token_prob,
         "reject_repeats": acceptance.reject_repeats,
+        "mixture": None if acceptance.mixture is None else asdict(acceptance.mixture),
         "similarity_quantiles": quantiles,
         "base": base_figures(proposals, size),
         "cdlm": dict(zip(settings, figures, strict=True)),
@@ -161,12 +178,18 @@ def find_proposals(
 ) -> Proposals:
     """The LM's probability and the proposal at every position from a window's second token on; datastore None: no proposals.
 
-    acceptance: proposals that it rejects whatever their similarity, by the LM's say or as repeats, are left out, which is
-    as if their q was 0; None: none are. Raises InputError where the model computes NaN or infinity.
+    acceptance: how many rows propose; those that it rejects whatever their similarity, by the LM's say or as repeats, are
+    left out, which for one is as if its q was 0; None: one row, and none is. Raises InputError where the model computes
+    NaN or infinity.
     """
     lengths = plan.lengths - 1
     n = int(lengths.sum())
-    found = Proposals(lengths, np.zeros(n), np.full(n, np.nan), *np.zeros((2, n), dtype=np.int64))
+    neighbors = None
+    if acceptance is not None and acceptance.n_neighbors > 1:
+        shape = n, acceptance.n_neighbors
+        neighbors = Neighbors(np.full(shape, np.nan), *np.zeros((2, *shape), dtype=np.int64))
+    chunk_lengths, agreeing = np.zeros((2, n), dtype=np.int64)
+    found = Proposals(lengths, np.zeros(n), np.full(n, np.nan), chunk_lengths, agreeing, neighbors)
     asks_lm = datastore is not None and acceptance is not None and acceptance.asks_lm
     batches = read_positions(lm, plan, batch_size, keep_logits=asks_lm)
     # Logits are too large to be kept beyond their batch.
@@ -251,24 +274,41 @@ def fill_in_nearest(
         trie = datastore.trie(int(queries.entries[positions[0]]))
         if trie is None:
             continue
-        rows, similarities = trie.index.nearest_batch(torch.from_numpy(queries.hidden_states[positions]))
-        chosen, cosines = rows.cpu().numpy(), similarities.cpu().numpy()
+        rows, similarities = _nearest(trie, queries.hidden_states[positions], found.neighbors)
         if acceptance is not None and (acceptance.asks_lm or acceptance.reject_repeats):
-            kept = _acceptable(trie, chosen, queries, positions, acceptance)
-            positions, chosen, cosines = positions[kept], chosen[kept], cosines[kept]
-        if not len(positions):
-            continue
-        at = queries.places[positions]
-        found.similarities[at] = cosines
-        found.chunk_lengths[at] = np.minimum(trie.chunk_lengths(chosen), queries.left[positions])
-        found.agreeing[at] = _agreeing(trie, chosen, found.chunk_lengths[at], queries.following, positions)
+            similarities[~_acceptable(trie, rows, queries, positions, acceptance)] = np.nan
+            order_left = np.argsort(-similarities, axis=1, kind="stable")  # NaN comes last
+            rows, similarities = (np.take_along_axis(each, order_left, axis=1) for each in (rows, similarities))
+        there = ~np.isnan(similarities)
+        lengths = np.where(there, trie.chunk_lengths(rows), 0)
+        lengths = np.minimum(lengths, queries.left[positions, None])
+        agreeing = np.zeros_like(lengths)
+        agreeing[there] = _agreeing(trie, rows[there], lengths[there], queries.following, positions[there.nonzero()[0]])
+        at, n_rows = queries.places[positions], rows.shape[1]
+        columns = (found.similarities, similarities), (found.chunk_lengths, lengths), (found.agreeing, agreeing)
+        for of_nearest, values in columns:
+            of_nearest[at] = values[:, 0]
+        if found.neighbors is not None:
+            found.neighbors.similarities[at, :n_rows] = similarities
+            found.neighbors.chunk_lengths[at, :n_rows] = lengths
+            found.neighbors.agreeing[at, :n_rows] = agreeing
+
+
+def _nearest(trie: TokenTrie, hidden_states: np.ndarray, neighbors: Neighbors | None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (n, K) and similarities (n, K) of as many neighbours as the trie has; None: of one."""
+    queries = torch.from_numpy(hidden_states)
+    if neighbors is None:
+        rows, similarities = (each[:, None] for each in trie.index.nearest_batch(queries))
+    else:
+        rows, similarities = trie.index.nearest_k(queries, neighbors.similarities.shape[1])
+    return rows.cpu().numpy(), similarities.cpu().numpy()
 
 
 def _acceptable(
     trie: TokenTrie, rows: np.ndarray, queries: Positions, positions: np.ndarray, acceptance: Acceptance
 ) -> np.ndarray:
-    """(n,) bool: the proposals, rows (n,) at positions (n,) of the queries, that are not rejected whatever g says."""
-    kept = np.ones(len(rows), dtype=bool)
+    """(n, K) bool: the proposals, rows (n, K) at positions (n,) of the queries, that are not rejected whatever g says."""
+    kept = np.ones(rows.shape, dtype=bool)
     if acceptance.asks_lm:
         assert queries.logits is not None
         device = queries.logits.device
@@ -276,12 +316,13 @@ def _acceptable(
         first_ids = trie.first_ids[torch.from_numpy(rows).to(trie.first_ids.device)].to(device)
         kept = (relative_probs(logits, first_ids) >= acceptance.min_first_token_prob).cpu().numpy()
     if acceptance.reject_repeats:
-        n_tail, lengths = 2 * LONGEST_REPEAT, trie.chunk_lengths(rows)
+        (row,) = rows.T  # `Acceptance` knows no other
+        n_tail, lengths = 2 * LONGEST_REPEAT, trie.chunk_lengths(row)
         back = np.arange(n_tail - 1, -1, -1)
         text = queries.entries[np.maximum(positions[:, None] - back, 0)]
         text = np.where(back <= queries.before[positions, None], text, -1)
-        whole = np.concatenate([text, trie.continuations(rows, int(lengths.max()), first=0)], axis=1)
-        kept &= ~ends_in_repeat(np.take_along_axis(whole, lengths[:, None] + np.arange(n_tail), axis=1))
+        whole = np.concatenate([text, trie.continuations(row, int(lengths.max()), first=0)], axis=1)
+        kept[:, 0] &= ~ends_in_repeat(np.take_along_axis(whole, lengths[:, None] + np.arange(n_tail), axis=1))
     return kept
 
 
@@ -289,12 +330,19 @@ def _agreeing(
     trie: TokenTrie, rows: np.ndarray, lengths: np.ndarray, following: np.ndarray, positions: np.ndarray
 ) -> np.ndarray:
     """(n,) int64: how many tokens of each row's chunk, cut to its length, stand in the text after its position."""
-    longest = int(lengths.max())
-    chunks = trie.continuations(rows, longest, first=0)
-    ahead = np.arange(longest)
-    text = following[np.minimum(positions[:, None] + ahead, len(following) - 1)]
-    differs = (chunks != text) | (ahead >= lengths[:, None])
-    return np.where(differs.any(axis=1), differs.argmax(axis=1), longest)
+    agreeing = np.zeros(len(rows), dtype=np.int64)
+    # Most differ in the first token, and few are read any further.
+    left = np.flatnonzero(trie.continuations(rows, 1, first=0)[:, 0] == following[positions])
+    for some in np.array_split(left, len(left) // AGREEING_AT_ONCE + 1):
+        if not len(some):
+            continue
+        longest = int(lengths[some].max())
+        chunks = trie.continuations(rows[some], longest, first=0)
+        ahead = np.arange(longest)
+        text = following[np.minimum(positions[some, None] + ahead, len(following) - 1)]
+        differs = (chunks != text) | (ahead >= lengths[some, None])
+        agreeing[some] = np.where(differs.any(axis=1), differs.argmax(axis=1), longest)
+    return agreeing
 
 
 # ---- Figures
@@ -329,21 +377,22 @@ def all_compared_figures(log_p: np.ndarray, proposals: Proposals, size: TextSize
     return found
 
 
-def cdlm_figures(proposals: Proposals, probabilities: np.ndarray, size: TextSize) -> list[dict[str, float]]:
-    """Perplexity of CD-LM under each setting, compared with the base LM's; probabilities (S, N): q at each position.
+def cdlm_figures(proposals: Proposals, settings: Sequence[Setting], size: TextSize) -> list[dict[str, float]]:
+    """Perplexity of CD-LM under each setting, compared with the base LM's.
 
-    coverage and accepted: shares of positions with a proposal, and with one of q >= 1/2; matched: share of the
-    proposals that are what the text says; from_chunks: expected share of the tokens that chunks brought.
+    coverage and accepted: shares of positions with a proposal, and with one of q >= 1/2; matched: share of the most
+    similar proposals that are what the text says; from_chunks: expected share of the tokens that chunks brought.
     """
     found = ~np.isnan(proposals.similarities)
     shares = {
         "coverage": float(found.mean()),
         "matched": float(proposals.matches[found].mean()) if found.any() else 0.0,
     }
-    compared = all_compared_figures(log_likelihoods(proposals, probabilities), proposals, size)
+    compared = all_compared_figures(setting_log_likelihoods(settings, proposals), proposals, size)
     figures = []
-    for q, of_setting in zip(probabilities, compared, strict=True):
-        brought = float((posteriors(proposals, q).accepted * proposals.chunk_lengths).sum())
+    for setting, of_setting in zip(settings, compared, strict=True):
+        q = setting_probabilities(setting, proposals)
+        brought = expected_chunk_tokens(proposals, q, setting.mixture)
         extra = {"accepted": float((q >= 0.5).mean()), "from_chunks": brought / size.n_tokens}
         figures.append(of_setting | shares | extra)
     return figures
@@ -379,24 +428,32 @@ def _intervals(nll: np.ndarray, n_tokens: np.ndarray) -> list[list[float]]:
     return np.percentile(np.concatenate(resampled), [2.5, 97.5], axis=0).T.tolist()
 
 
-def table_settings(
-    thresholds: list[float], acceptance: Acceptance, constant: float | None
-) -> dict[str, Acceptance | AcceptanceMap]:
+def table_settings(thresholds: list[float], acceptance: Acceptance, constant: float | None) -> dict[str, Setting]:
     """The settings of a table by name: each θ, and where a map was fitted, that and the best constant q beside it."""
-    settings: dict[str, Acceptance | AcceptanceMap] = {
-        str(float(theta) + 0.0): Acceptance(theta, acceptance.policy, acceptance.q_max) for theta in thresholds
+    settings: dict[str, Setting] = {
+        str(float(theta) + 0.0): replace(acceptance, similarity_threshold=theta, fitted=None) for theta in thresholds
     }
     if constant is not None:
-        settings["constant"] = AcceptanceMap((0.0,), (constant,))
+        settings["constant"] = AcceptanceMap((0.0,), (constant,), mixture=acceptance.mixture)
     if acceptance.fitted is not None:
         settings["fitted"] = acceptance.fitted
     return settings
 
 
-def setting_probabilities(setting: Acceptance | AcceptanceMap, proposals: Proposals) -> np.ndarray:
+def setting_probabilities(setting: Setting, proposals: Proposals) -> np.ndarray:
     """(N,) q at each position, 0 where nothing is proposed."""
     q = setting.probability if isinstance(setting, Acceptance) else setting
     return np.where(np.isnan(proposals.similarities), 0.0, q(proposals.similarities))
+
+
+def setting_log_likelihoods(settings: Sequence[Setting], proposals: Proposals) -> np.ndarray:
+    """(S, W) log p of each window under each setting; those that propose alike are summed over together."""
+    probabilities = np.stack([setting_probabilities(setting, proposals) for setting in settings])
+    found = np.empty((len(settings), len(proposals.lengths)))
+    for mixture in {setting.mixture for setting in settings}:
+        alike = [i for i, setting in enumerate(settings) if setting.mixture == mixture]
+        found[alike] = log_likelihoods(proposals, probabilities[alike], mixture)
+    return found
 
 
 # ---- The table
@@ -435,6 +492,12 @@ def format_perplexity(report: dict[str, Any]) -> str:
     if report["similarity_quantiles"]:
         shown = zip((5, 25, 50, 75, 95), report["similarity_quantiles"], strict=True)
         lines.append("best similarity, quantiles: " + ", ".join(f"{share}% {value:.3f}" for share, value in shown))
+    if mixture := report["mixture"]:
+        going_on = " ".join(f"{each:.2f}" for each in mixture["continuation"])
+        lines.append(
+            f"{mixture['n_neighbors']} rows propose, at temperature {mixture['temperature']:g}; a chunk goes on after each"
+            f" token with probability {going_on}"
+        )
     if report["acceptance"] == "threshold":
         lines.append(
             f"θ accepts with probability {report['q_max']} (--q_max), since with 1 a wrong chunk is impossible"

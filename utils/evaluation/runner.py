@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -180,6 +180,10 @@ class Evaluation:
         self._run_name = run_name(self._generation.decoding, settings.acceptance.similarity_threshold)
         map_path = settings.acceptance_map
         self._fitted: AcceptanceMap | None = read_map(map_path) if map_path else None
+        if self._fitted is not None and self._fitted.mixture is not None and settings.acceptance.reject_repeats:
+            raise InputError(
+                f"{map_path}: is of several rows that propose; leave out --reject_repeats, which is about one"
+            )
         self._similarities: list[float] = []  # of this command's proposals
         self._parts: list[str] = []  # of the summary
 
@@ -241,7 +245,7 @@ class Evaluation:
 
     def _fit(self, path: Path) -> None:
         save_dir = self._settings.save_dir
-        self._fitted = fit_acceptance(self._text_reader(), path, save_dir, self._settings.acceptance.q_max)
+        self._fitted = fit_acceptance(self._text_reader(), path, save_dir, self._settings.acceptance)
         origin, n_tokens = self._fitted.origin, self._fitted.origin["tokens"]
         shown = ", ".join(
             f"{name} {np.exp(-origin[f'log_likelihood_{name}'] / n_tokens):.3f}"
@@ -312,6 +316,8 @@ class Evaluation:
                 with_datastore |= {"min_first_token_prob": acceptance.min_first_token_prob}
             if acceptance.reject_repeats:
                 with_datastore |= {"reject_repeats": True}
+            if acceptance.mixture is not None:
+                with_datastore |= asdict(acceptance.mixture)
         return ({BASELINE: baseline} if generation.runs == "both" else {}) | {self._run_name: with_datastore}
 
     def _generate(self) -> None:

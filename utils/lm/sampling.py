@@ -28,7 +28,7 @@ from transformers import (
 from utils.lm.model import upload
 
 # Streams of uniform numbers of one sequence.
-TOKEN_STREAM, ACCEPTANCE_STREAM = 0, 1
+TOKEN_STREAM, ACCEPTANCE_STREAM, CHUNK_STREAM = 0, 1, 2
 # In the place of a token where the LM gives no distribution: its logits are NaN, or all of them are -inf.
 NO_DISTRIBUTION = -1
 # Processors that read the logits alone, so that all nodes of a draft can be processed at once.

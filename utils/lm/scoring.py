@@ -61,12 +61,11 @@ class WindowScores:
 
 
 def relative_probs(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """(N,) float32 in [0, 1]: the probability of one token for each row, relative to the row's likeliest token.
+    """(N, K) float32 in [0, 1]: the probability of K tokens for each row, relative to the row's likeliest token.
 
-    logits (N, V) of any float dtype, token_ids (N,) int64 on the same device.
+    logits (N, V) of any float dtype, token_ids (N, K) int64 on the same device.
     """
-    chosen = logits.gather(1, token_ids[:, None])[:, 0]
-    return (chosen.float() - logits.amax(dim=1).float()).exp()
+    return (logits.gather(1, token_ids).float() - logits.amax(dim=1, keepdim=True).float()).exp()
 
 
 class PendingScores:

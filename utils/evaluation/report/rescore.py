@@ -91,7 +91,7 @@ def _find_rivals(
         for record, similarities, rows in zip(records, top.values.tolist(), top.indices.tolist(), strict=True)
     ]
     first_ids = trie.first_ids[[record.row for record in records]].to(logits.device)
-    probs = relative_probs(logits, first_ids).tolist()
+    probs = relative_probs(logits, first_ids[:, None])[:, 0].tolist()
     found = []
     for record, similarities, rows, prob in zip(records, top.values.tolist(), top.indices.tolist(), probs, strict=True):
         token_ids = trie.chunk(record.row)
