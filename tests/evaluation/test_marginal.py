@@ -214,7 +214,8 @@ def random_neighbors(rng: np.random.Generator, lengths: list[int], k: int) -> Pr
     similarities = np.where(there, -np.sort(-rng.uniform(-1, 1, (n, k)), axis=1), np.nan)
     log_probs = np.log(rng.uniform(0.01, 1, n))
     columns = (similarities, chunk_lengths, agreeing)
-    return Proposals(np.array(lengths), log_probs, *(each[:, 0] for each in columns), Neighbors(*columns))
+    neighbors = Neighbors(*columns, np.log(rng.uniform(0.01, 1, (n, k))))
+    return Proposals(np.array(lengths), log_probs, *(each[:, 0] for each in columns), neighbors)
 
 
 def length_probability(n_tokens: int, chunk_length: int, continuation: tuple[float, ...]) -> float:
@@ -233,6 +234,7 @@ def summed_over_rows(
     total = (1 - q[at]) * np.exp(log_probs[at]) * summed_over_rows(neighbors, log_probs, q, mixture, at + 1)
     known = ~np.isnan(neighbors.similarities[at])
     weights = np.exp(neighbors.similarities[at][known] / mixture.temperature)
+    weights *= np.exp(neighbors.first_log_probs[at][known]) ** mixture.lm_power
     for k, weight in enumerate(weights / weights.sum()):
         for n_tokens in range(1, int(neighbors.agreeing[at, k]) + 1):
             drawn = weight * length_probability(n_tokens, neighbors.chunk_lengths[at, k], mixture.continuation)
@@ -240,17 +242,18 @@ def summed_over_rows(
     return total
 
 
+@pytest.mark.parametrize("lm_power", [0.0, 0.25, 1.5])
 @pytest.mark.parametrize("continuation", [(1.0,), (0.6,), (0.3, 0.9, 0.5)])
-def test_the_sum_over_rows_and_lengths_equals_one_by_one(continuation):
+def test_the_sum_over_rows_and_lengths_equals_one_by_one(continuation, lm_power):
     rng = np.random.default_rng(6)
-    mixture = NeighborMixture(3, 0.4, continuation)
+    mixture = NeighborMixture(3, 0.4, continuation, lm_power)
     proposals = random_neighbors(rng, [1, 6, 3, 8], 3)
     q = rng.uniform(0, 1, (2, 18)) * (proposals.chunk_lengths > 0)
     got = log_likelihoods(proposals, q, mixture)
     neighbors = proposals.neighbors
     for s in range(2):
         for w, part in enumerate(proposals.windows()):
-            of_window = Neighbors(neighbors.similarities[part], neighbors.chunk_lengths[part], neighbors.agreeing[part])
+            of_window = neighbors.map(lambda values, part=part: values[part])
             wanted = summed_over_rows(of_window, proposals.log_probs[part], q[s, part], mixture)
             assert got[s, w] == pytest.approx(np.log(wanted), abs=1e-12)
     assert gains(proposals, q[0], mixture).sum() == pytest.approx(got[0].sum() - proposals.log_probs.sum(), abs=1e-9)
@@ -286,7 +289,7 @@ def of_text(text, entries, chunks, similarities, p) -> Proposals:
             columns[0, i, k] = len(cut)
             pairs = zip(cut, text[i:], strict=False)
             columns[1, i, k] = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    neighbors = Neighbors(similarities[list(entries)], *columns)
+    neighbors = Neighbors(similarities[list(entries)], *columns, np.zeros((n, 3)))
     log_probs = np.log([p[entry, token] for entry, token in zip(entries, text, strict=True)])
     return Proposals(np.array([n]), log_probs, neighbors.similarities[:, 0], *columns[:, :, 0], neighbors)
 
@@ -310,7 +313,7 @@ def test_with_k_rows_the_probabilities_of_all_continuations_add_up_to_one_and_ar
             entry = text[-1]
             if rng.random() < q[entry]:
                 lengths = np.array([len(chunk) for chunk in chunks[entry]])
-                row, n_tokens = mixture.draw(similarities[entry, : len(lengths)], lengths, rng.random())
+                row, n_tokens = mixture.draw(similarities[entry, : len(lengths)], None, lengths, rng.random())
                 text += chunks[entry][row][:n_tokens]
             else:
                 text.append(int(rng.choice(3, p=p[entry])))

@@ -23,7 +23,7 @@ from utils.decoding.loop import Decoding, decode
 from utils.decoding.retriever import Retriever
 from utils.decoding.types import Request
 from utils.evaluation import perplexity
-from utils.evaluation.marginal import Neighbors, Proposals
+from utils.evaluation.marginal import Proposals
 from utils.evaluation.perplexity import (
     TextSize,
     base_figures,
@@ -126,9 +126,10 @@ def test_proposals_equal_those_found_position_by_position(plan_of):
         {"min_first_token_prob": 0.6},
         {"neighbors": NeighborMixture(3, 0.2)},
         {"neighbors": NeighborMixture(4, 0.3, (0.6, 0.3))},
+        {"neighbors": NeighborMixture(4, 0.3, (0.6, 0.3), lm_power=2.0)},
         {"neighbors": NeighborMixture(3, 0.2, (0.5,)), "min_first_token_prob": 0.6},
     ],
-    ids=["the paper's", "asks the LM", "rows", "rows and prefixes", "rows and prefixes, asks the LM"],
+    ids=["the paper's", "δ", "rows", "rows and prefixes", "weighed by the LM", "rows, prefixes and δ"],
 )
 def test_marginal_probabilities_are_the_generators_frequencies(rule, plan_of):
     """No importance weights: texts of three tokens over a vocabulary of five, drawn 30,000 times."""
@@ -152,9 +153,7 @@ def test_marginal_probabilities_are_the_generators_frequencies(rule, plan_of):
     values = (proposals.log_probs, proposals.similarities, proposals.chunk_lengths, proposals.agreeing)
     neighbors = None
     if proposals.neighbors is not None:
-        of_rows = proposals.neighbors
-        columns = (of_rows.similarities, of_rows.chunk_lengths, of_rows.agreeing)
-        neighbors = Neighbors(*(column[kept] for column in columns))
+        neighbors = proposals.neighbors.map(lambda values: values[kept])
     cut = Proposals(np.full(125, 3), *(column[kept] for column in values), neighbors)
     p = np.exp(setting_log_likelihoods([acceptance], cut)[0])
     assert p.sum() == pytest.approx(1.0, abs=1e-6)
@@ -210,6 +209,28 @@ def test_the_command_fits_a_map_and_evaluates_every_setting(made, run_stage, tmp
         4,
     )
     run_stage("eval.py", *made.eval_flags(tmp_path / "generated", *generate))
+
+
+def test_the_command_fits_and_takes_a_mixture_of_rows(made, run_stage, refusal, tmp_path, capsys):
+    data = made.root / "data"
+    files = ("--fit_acceptance", data / "validation.json", "--perplexity_file", data / "test.json")
+    run_stage("eval.py", *text_flags(made, tmp_path, *files, "--neighbors", 4))
+    assert "4 rows propose, at temperature" in capsys.readouterr().out
+    report = json.loads((tmp_path / "perplexity.json").read_text())
+    saved = json.loads((tmp_path / "acceptance_map.json").read_text())
+    assert report["mixture"] == saved["mixture"]
+    assert saved["mixture"]["n_neighbors"] == 4
+    fitted = ("--acceptance_map", tmp_path / "acceptance_map.json")
+    run_stage("eval.py", *text_flags(made, tmp_path / "again", *fitted, "--perplexity_file", data / "test.json"))
+    again = json.loads((tmp_path / "again" / "perplexity.json").read_text())
+    assert again["cdlm"]["fitted"] == report["cdlm"]["fitted"]
+    at_random = ("--acceptance", "bernoulli", "--max_new_tokens", 20, "--seed", 1)
+    run_stage("eval.py", *made.eval_flags(tmp_path / "generated", *fitted, *at_random))
+    settings = json.loads((tmp_path / "generated" / "prompt_0.json").read_text())
+    assert "n_neighbors" in json.dumps(settings)
+    assert "leave out --reject_repeats" in refusal(
+        "eval.py", *made.eval_flags(tmp_path / "refused", *fitted, "--reject_repeats")
+    )
 
 
 def test_the_base_lm_alone_needs_no_datastore(made, run_stage, tmp_path):

@@ -29,7 +29,11 @@ OF_DRAFTS: tuple[str, ...] = (
     *("--draft_shape line", "--max_draft_tokens 4", "--draft_neighbors 4", "--draft_temperature 0.1"),
     *("--live off", "--draft_growth full"),
 )
-OF_ACCEPTANCE = ("--acceptance bernoulli", "--q_max 0.5", "--acceptance_map g.json", "--min_first_token_prob 0.1")
+OF_ACCEPTANCE = (
+    *("--acceptance bernoulli", "--q_max 0.5", "--acceptance_map g.json", "--min_first_token_prob 0.1"),
+    *("--neighbors 4", "--reject_repeats"),
+)
+HAS_ITS_OWN = "says nothing where one row proposes, and where a map is fitted that has its own"
 OF_GENERATION: tuple[str, ...] = (
     *("--prompt_template {prompt}", "--chat", "--max_new_tokens 5", "--temperature 1", "--top_k 5", "--top_p 0.5"),
     *("--seed 3", "--batch_size 2", "--decoding verify", "--cuda_graphs", "--stream", "--compare_baseline"),
@@ -44,6 +48,10 @@ IDLE = [
     *((flag, (*PROMPTS, *ALONE), NO_CHUNKS) for flag in OF_ACCEPTANCE),
     *((flag, (*STORE, *PROMPTS, *VERIFY), NO_CHUNKS) for flag in OF_ACCEPTANCE),
     ("--sweep_similarity_threshold 0.5", (*TEXT, *ALONE), NO_CHUNKS),
+    ("--neighbor_temperature 0.1", (*STORE, *PROMPTS), HAS_ITS_OWN),
+    ("--neighbor_temperature 0.1", (*STORE, *FIT, "--neighbors", 4), HAS_ITS_OWN),
+    ("--neighbors 4", (*STORE, *PROMPTS, "--acceptance_map", "g.json"), "is in the --acceptance_map"),
+    ("--reject_repeats", (*STORE, *PROMPTS, "--neighbors", 4), "is about one proposal, so it needs --neighbors 1"),
     *((flag, (*STORE, *TEXT), NEEDS_PROMPTS) for flag in OF_GENERATION),
     ("--max_new_tokens 5", (*STORE, *FIT), NEEDS_PROMPTS),
     ("--decoding verify", (*PROMPTS, *ALONE), "says nothing with --gen_baseline_only, which proposes nothing"),

@@ -29,30 +29,41 @@ SHORTEST_REPEAT, LONGEST_REPEAT = 2, 32  # tokens; two newlines are no repeat, f
 class NeighborMixture:
     """What is proposed where the K most similar rows propose: one of them, drawn, and its chunk or a prefix of it.
 
-    Row k is drawn with a probability in proportion to exp(similarity / temperature). Of its chunk of L tokens the first is
-    proposed, and after the j-th the next with probability ρ_j; the whole chunk so with ρ_1 … ρ_{L-1}. continuation: the ρ,
-    the last of which holds for all beyond; (1.0,) proposes whole chunks.
+    Row k is drawn with a probability in proportion to exp(similarity / temperature) · p_k^lm_power, where p_k is what the LM
+    gives to the first token of its chunk. Of the chunk's L tokens the first is proposed, and after the j-th the next with
+    probability ρ_j; the whole chunk so with ρ_1 … ρ_{L-1}. continuation: the ρ, the last of which holds for all beyond;
+    (1.0,) proposes whole chunks.
     """
 
     n_neighbors: int
     temperature: float = 0.02
     continuation: tuple[float, ...] = (1.0,)
+    lm_power: float = 0.0
 
-    def weights(self, similarities: np.ndarray) -> np.ndarray:
-        """(N, K) the probability of each row; similarities (N, K), NaN where there are fewer rows, which get 0."""
-        # Where there is no row at all, nanmax would warn.
-        known = np.where(np.isnan(similarities), -np.inf, similarities)
-        highest = known.max(axis=1, keepdims=True)
-        weights = np.exp((known - np.where(np.isfinite(highest), highest, 0.0)) / self.temperature)
+    def weights(self, similarities: np.ndarray, first_log_probs: np.ndarray | None) -> np.ndarray:
+        """(N, K) the probability of each row; similarities (N, K), NaN where there are fewer rows, which get 0.
+
+        first_log_probs (N, K): log p_k, up to a constant of each position; None where lm_power is 0.
+        """
+        logits = similarities / self.temperature
+        if self.lm_power:
+            assert first_log_probs is not None
+            logits = logits + self.lm_power * first_log_probs
+        logits = np.where(np.isnan(similarities), -np.inf, logits)
+        highest = logits.max(axis=1, keepdims=True)
+        weights = np.exp(logits - np.where(np.isfinite(highest), highest, 0.0))
         return np.asarray(weights / np.maximum(weights.sum(axis=1, keepdims=True), np.finfo(float).tiny))
 
     def continuations(self, n_tokens: int) -> np.ndarray:
         """(n_tokens,) ρ of each."""
         return np.array([self.continuation[min(i, len(self.continuation) - 1)] for i in range(n_tokens)])
 
-    def draw(self, similarities: np.ndarray, chunk_lengths: np.ndarray, uniform: float) -> tuple[int, int]:
-        """Which row is proposed and how many tokens of its chunk; similarities and chunk_lengths (K,), uniform in [0, 1)."""
-        row, rest = _inverse(self.weights(similarities[None])[0], uniform)
+    def draw(
+        self, similarities: np.ndarray, first_log_probs: np.ndarray | None, chunk_lengths: np.ndarray, uniform: float
+    ) -> tuple[int, int]:
+        """Which row is proposed and how many tokens of its chunk; uniform in [0, 1), the arrays (K,) as of `weights`."""
+        of_one = None if first_log_probs is None else first_log_probs[None]
+        row, rest = _inverse(self.weights(similarities[None], of_one)[0], uniform)
         length = int(chunk_lengths[row])
         reached = np.concatenate([[1.0], np.cumprod(self.continuations(length - 1)), [0.0]])
         return row, 1 + _inverse(reached[:-1] - reached[1:], rest)[0]
@@ -127,9 +138,10 @@ def _mixture_of(found: dict[str, Any] | None) -> NeighborMixture | None:
     continuation = tuple(float(each) for each in found["continuation"])
     if n_neighbors < 1 or not 0 < temperature < np.inf or not continuation:
         raise ValueError("no mixture of neighbours")
-    if not all(0 <= each <= 1 for each in continuation):
-        raise ValueError("no probabilities of going on")
-    return NeighborMixture(n_neighbors, temperature, continuation)
+    lm_power = float(found["lm_power"])
+    if not (0 <= lm_power < np.inf and all(0 <= each <= 1 for each in continuation)):
+        raise ValueError("no mixture of neighbours")
+    return NeighborMixture(n_neighbors, temperature, continuation, lm_power)
 
 
 def ends_in_repeat(tails: np.ndarray) -> np.ndarray:
@@ -184,8 +196,8 @@ class Acceptance:
 
     @property
     def asks_lm(self) -> bool:
-        """Whether acceptance depends on what the LM gives to a chunk's first token."""
-        return self.min_first_token_prob > 0
+        """Whether acceptance, or which row proposes, depends on what the LM gives to a chunk's first token."""
+        return self.min_first_token_prob > 0 or (self.mixture is not None and self.mixture.lm_power > 0)
 
     @property
     def never(self) -> bool:

@@ -26,7 +26,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from utils.datastore.store import Datastore
-from utils.decoding.acceptance import Acceptance, Policy
+from utils.decoding.acceptance import Acceptance, NeighborMixture, Policy
 from utils.decoding.draft import DraftSettings, RetrievalDrafter
 from utils.decoding.draft_policy import DraftPolicy
 from utils.decoding.loop import Decoding, decode
@@ -53,6 +53,7 @@ def chunk_generate(
     acceptance: Policy = "threshold",
     min_first_token_prob: float = 0.0,
     reject_repeats: bool = False,
+    neighbors: NeighborMixture | None = None,
     draft_settings: DraftSettings | None = None,
     text_streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
@@ -62,8 +63,8 @@ def chunk_generate(
     input_ids (B, T) int64, padded on the left where the attention mask is 0. datastore: as `open_datastore` returns it;
     None generates plain text. `chunk` emits what is retrieved from similarity_threshold θ on, and where the LM gives its
     first token min_first_token_prob δ of what it gives its likeliest, with reject_repeats but for chunks that would make
-    the text repeat itself; `verify` lets the LM confirm drafts, so that the
-    text is the LM's own. text_streamer: a streamer of transformers, for one prompt; `generate`
+    the text repeat itself; neighbors: how several rows propose, None for the most similar one. `verify` lets the LM
+    confirm drafts, so that the text is the LM's own. text_streamer: a streamer of transformers, for one prompt; `generate`
     itself passes none on under the name `streamer`. Raises ValueError for what cannot be honoured: beams, scores and the
     like to return, `inputs_embeds`, processors with a state of their own; and for a prompt that with its new tokens does
     not fit the model's positions.
@@ -88,7 +89,11 @@ def chunk_generate(
         drafter = RetrievalDrafter(datastore, draft_settings or DraftSettings())
     elif datastore is not None:
         rule = Acceptance(
-            similarity_threshold, acceptance, min_first_token_prob=min_first_token_prob, reject_repeats=reject_repeats
+            similarity_threshold,
+            acceptance,
+            min_first_token_prob=min_first_token_prob,
+            reject_repeats=reject_repeats,
+            neighbors=neighbors,
         )
         retriever = Retriever(datastore, rule)
     padded = _Padded(input_ids, prompts)

@@ -13,7 +13,7 @@ from torch import Tensor
 from utils.datastore.search import Search
 from utils.datastore.store import Datastore, TokenTrie
 from utils.decoding.acceptance import LONGEST_REPEAT, Acceptance, ends_in_repeat, tail_of
-from utils.lm.scoring import relative_probs
+from utils.lm.scoring import relative_log_probs, relative_probs
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,19 @@ class Retriever:
         assert mixture is not None
         assert search.neighbors is not None
         rows, similarities = search.neighbors
-        probs: list[float | None] = [None] * len(rows)
+        log_probs: np.ndarray | None = None
         is_accepted = True
         if self.acceptance.asks_lm:
             first_ids = trie.first_ids[torch.from_numpy(rows).to(trie.first_ids.device)].to(search.logits.device)
-            of_rows = relative_probs(search.logits[None], first_ids[None])[0].cpu().numpy()
-            is_likely = of_rows >= self.acceptance.min_first_token_prob
+            log_probs = relative_log_probs(search.logits[None], first_ids[None])[0].cpu().numpy()
+            is_likely = np.exp(log_probs) >= self.acceptance.min_first_token_prob
             is_accepted = bool(is_likely.any())
-            kept = is_likely if is_accepted else np.ones_like(is_likely)
-            rows, similarities, probs = rows[kept], similarities[kept], of_rows[kept].tolist()
+            if is_accepted:
+                rows, similarities, log_probs = rows[is_likely], similarities[is_likely], log_probs[is_likely]
         chosen, n_tokens = 0, None
         is_accepted = is_accepted and self.acceptance.accepts(float(similarities[0]), uniforms[0])
         if is_accepted:
-            chosen, n_tokens = mixture.draw(similarities, trie.chunk_lengths(rows), uniforms[1])
-        row = int(rows[chosen])
-        return Proposal(trie.chunk(row)[:n_tokens], float(similarities[chosen]), row, is_accepted, probs[chosen])
+            chosen, n_tokens = mixture.draw(similarities, log_probs, trie.chunk_lengths(rows), uniforms[1])
+        row, similarity = int(rows[chosen]), float(similarities[chosen])
+        prob = None if log_probs is None else float(np.exp(log_probs[chosen]))
+        return Proposal(trie.chunk(row)[:n_tokens], similarity, row, is_accepted, prob)

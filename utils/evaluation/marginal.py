@@ -12,8 +12,8 @@ is a sum over lengths: q_n · Σ_τ J(n, τ) · exp β(n+τ), where J(n, τ) is 
 next τ tokens of the text.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -28,8 +28,9 @@ FIRST_PROBABILITY = 0.1
 N_KNOTS = 17
 # What EM starts from where prefixes of chunks are accepted, and up to which token each has a probability of its own.
 FIRST_CONTINUATION, N_CONTINUATIONS = 0.7, 16
-# Temperatures of K proposals that are tried, in cosine similarity.
-NEIGHBOR_TEMPERATURES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
+# Temperatures of K proposals that are tried, in cosine similarity, and powers of what the LM gives to their first tokens;
+# and the steps of EM after which the likeliest are chosen.
+NEIGHBOR_TEMPERATURES, LM_POWERS, TRIAL_STEPS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16), (0.0, 0.25, 0.5), 12
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Neighbors:
     similarities: np.ndarray  # float64
     chunk_lengths: np.ndarray  # int64: cut at the window's end
     agreeing: np.ndarray  # int64: how many tokens of the chunk, from its first on, are what the text says
+    first_log_probs: np.ndarray  # float32: log of what the LM gives to its first token, relative to its likeliest
+
+    def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "Neighbors":
+        return Neighbors(*(change(getattr(self, each.name)) for each in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,7 @@ class Proposals:
         """The same with the most similar n_neighbors rows alone."""
         if self.neighbors is None:
             return self
-        columns = (self.neighbors.similarities, self.neighbors.chunk_lengths, self.neighbors.agreeing)
-        return replace(self, neighbors=Neighbors(*(column[:, :n_neighbors] for column in columns)))
+        return replace(self, neighbors=self.neighbors.map(lambda values: values[:, :n_neighbors]))
 
     def windows(self) -> list[slice]:
         ends = np.cumsum(self.lengths).tolist()
@@ -104,8 +108,8 @@ class Branches:
         found = proposals.nearest(mixture.n_neighbors).neighbors
         if found is None:
             of_nearest = (proposals.similarities, proposals.chunk_lengths, proposals.agreeing)
-            found = Neighbors(*(values[:, None] for values in of_nearest))
-        weights = mixture.weights(found.similarities)
+            found = Neighbors(*(values[:, None] for values in (*of_nearest, np.zeros(len(proposals.log_probs)))))
+        weights = mixture.weights(found.similarities, found.first_log_probs)
         rows, columns = np.nonzero(found.agreeing)
         n_each = found.agreeing[rows, columns]
         # One entry for each prefix of each row's chunk that is what the text says.
@@ -309,24 +313,25 @@ def fit_map(
     the two knots around s, so the E step shares each posterior out between them, and the M step, which pools adjacent
     knots until their probabilities ascend, is exact: no step lowers the likelihood. q_max < 1 caps it.
 
-    n_neighbors > 1: the map's mixture of so many rows is fitted with it, its temperature on a grid; prefixes: also its
-    continuation. Raises ValueError where there is no proposal to fit to.
+    n_neighbors > 1: the map's mixture of so many rows is fitted with it, its temperature and power on a grid, by the
+    likelihood after a few steps; prefixes: also its continuation. Raises ValueError where there is no proposal to fit to.
     """
     if n_neighbors == 1:
         return fit_map_of(proposals, q_max, n_knots, NeighborMixture(1) if prefixes else None, prefixes)
-    best: tuple[AcceptanceMap, list[float]] | None = None
-    for temperature in NEIGHBOR_TEMPERATURES:
-        found = fit_map_of(proposals, q_max, n_knots, NeighborMixture(n_neighbors, temperature), prefixes)
-        if best is None or found[1][-1] > best[1][-1]:
-            best = found
-    assert best is not None
-    return best
+    grid = [NeighborMixture(n_neighbors, t, lm_power=power) for t in NEIGHBOR_TEMPERATURES for power in LM_POWERS]
+    tried = [fit_map_of(proposals, q_max, n_knots, each, prefixes, TRIAL_STEPS)[1][-1] for each in grid]
+    return fit_map_of(proposals, q_max, n_knots, grid[int(np.argmax(tried))], prefixes)
 
 
 def fit_map_of(
-    proposals: Proposals, q_max: float, n_knots: int, mixture: NeighborMixture | None, prefixes: bool = False
+    proposals: Proposals,
+    q_max: float,
+    n_knots: int,
+    mixture: NeighborMixture | None,
+    prefixes: bool = False,
+    max_steps: int = MAX_EM_STEPS,
 ) -> tuple[AcceptanceMap, list[float]]:
-    """As `fit_map`, with a mixture whose temperature is given, and unless prefixes are fitted its continuation too."""
+    """As `fit_map`, with a mixture that is given but, where prefixes are fitted, for its continuation."""
     known = ~np.isnan(proposals.similarities)
     if not known.any():
         raise ValueError("the datastore proposes nothing in this text, so there is nothing to fit")
@@ -339,7 +344,7 @@ def fit_map_of(
     if not prefixes:
         continuation = _continuations(mixture, branches.longest)
     history: list[float] = []
-    for _ in range(MAX_EM_STEPS):
+    for _ in range(max_steps):
         probabilities = np.zeros(len(known))
         probabilities[known] = weights @ values
         found = _posteriors(proposals, probabilities, branches, branches.probabilities(continuation))

@@ -27,7 +27,7 @@ from utils.evaluation.marginal import (
 from utils.files import InputError, file_fingerprint
 from utils.json_io import write_json
 from utils.lm.model import CausalLM, require_known_ids
-from utils.lm.scoring import relative_probs, require_finite, score_windows
+from utils.lm.scoring import relative_log_probs, require_finite, score_windows
 from utils.progress import ProgressBar
 from utils.tables import align, format_number
 from utils.text.corpora import read_passages
@@ -187,10 +187,12 @@ def find_proposals(
     neighbors = None
     if acceptance is not None and acceptance.n_neighbors > 1:
         shape = n, acceptance.n_neighbors
-        neighbors = Neighbors(np.full(shape, np.nan), *np.zeros((2, *shape), dtype=np.int64))
+        lengths_of, agreeing_of = np.zeros((2, *shape), dtype=np.int64)
+        neighbors = Neighbors(np.full(shape, np.nan), lengths_of, agreeing_of, np.zeros(shape, dtype=np.float32))
     chunk_lengths, agreeing = np.zeros((2, n), dtype=np.int64)
     found = Proposals(lengths, np.zeros(n), np.full(n, np.nan), chunk_lengths, agreeing, neighbors)
-    asks_lm = datastore is not None and acceptance is not None and acceptance.asks_lm
+    # What the LM gives to the first tokens of several rows is kept for a mixture that is to be fitted.
+    asks_lm = datastore is not None and acceptance is not None and (acceptance.asks_lm or acceptance.n_neighbors > 1)
     batches = read_positions(lm, plan, batch_size, keep_logits=asks_lm)
     # Logits are too large to be kept beyond their batch.
     for positions in batches if asks_lm else grouped(batches):
@@ -275,10 +277,18 @@ def fill_in_nearest(
         if trie is None:
             continue
         rows, similarities = _nearest(trie, queries.hidden_states[positions], found.neighbors)
-        if acceptance is not None and (acceptance.asks_lm or acceptance.reject_repeats):
-            similarities[~_acceptable(trie, rows, queries, positions, acceptance)] = np.nan
-            order_left = np.argsort(-similarities, axis=1, kind="stable")  # NaN comes last
-            rows, similarities = (np.take_along_axis(each, order_left, axis=1) for each in (rows, similarities))
+        log_probs = np.zeros(rows.shape, dtype=np.float32)
+        if queries.logits is not None:
+            log_probs = _first_log_probs(trie, rows, queries.logits, positions)
+        if acceptance is not None and (acceptance.min_first_token_prob or acceptance.reject_repeats):
+            kept = np.exp(log_probs) >= acceptance.min_first_token_prob
+            if acceptance.reject_repeats:
+                kept &= ~_would_repeat(trie, rows, queries, positions)
+            similarities[~kept] = np.nan
+            by_similarity = np.argsort(-similarities, axis=1, kind="stable")  # NaN comes last
+            rows, similarities, log_probs = (
+                np.take_along_axis(each, by_similarity, axis=1) for each in (rows, similarities, log_probs)
+            )
         there = ~np.isnan(similarities)
         lengths = np.where(there, trie.chunk_lengths(rows), 0)
         lengths = np.minimum(lengths, queries.left[positions, None])
@@ -292,6 +302,7 @@ def fill_in_nearest(
             found.neighbors.similarities[at, :n_rows] = similarities
             found.neighbors.chunk_lengths[at, :n_rows] = lengths
             found.neighbors.agreeing[at, :n_rows] = agreeing
+            found.neighbors.first_log_probs[at, :n_rows] = log_probs
 
 
 def _nearest(trie: TokenTrie, hidden_states: np.ndarray, neighbors: Neighbors | None) -> tuple[np.ndarray, np.ndarray]:
@@ -304,26 +315,24 @@ def _nearest(trie: TokenTrie, hidden_states: np.ndarray, neighbors: Neighbors | 
     return rows.cpu().numpy(), similarities.cpu().numpy()
 
 
-def _acceptable(
-    trie: TokenTrie, rows: np.ndarray, queries: Positions, positions: np.ndarray, acceptance: Acceptance
-) -> np.ndarray:
-    """(n, K) bool: the proposals, rows (n, K) at positions (n,) of the queries, that are not rejected whatever g says."""
-    kept = np.ones(rows.shape, dtype=bool)
-    if acceptance.asks_lm:
-        assert queries.logits is not None
-        device = queries.logits.device
-        logits = queries.logits[torch.from_numpy(positions).to(device)]
-        first_ids = trie.first_ids[torch.from_numpy(rows).to(trie.first_ids.device)].to(device)
-        kept = (relative_probs(logits, first_ids) >= acceptance.min_first_token_prob).cpu().numpy()
-    if acceptance.reject_repeats:
-        (row,) = rows.T  # `Acceptance` knows no other
-        n_tail, lengths = 2 * LONGEST_REPEAT, trie.chunk_lengths(row)
-        back = np.arange(n_tail - 1, -1, -1)
-        text = queries.entries[np.maximum(positions[:, None] - back, 0)]
-        text = np.where(back <= queries.before[positions, None], text, -1)
-        whole = np.concatenate([text, trie.continuations(row, int(lengths.max()), first=0)], axis=1)
-        kept[:, 0] &= ~ends_in_repeat(np.take_along_axis(whole, lengths[:, None] + np.arange(n_tail), axis=1))
-    return kept
+def _first_log_probs(trie: TokenTrie, rows: np.ndarray, logits: Tensor, positions: np.ndarray) -> np.ndarray:
+    """(n, K) float32: what the LM gives to the first token of each row's chunk, as `relative_log_probs` does.
+
+    rows (n, K), at positions (n,) of the logits.
+    """
+    first_ids = trie.first_ids[torch.from_numpy(rows).to(trie.first_ids.device)].to(logits.device)
+    return relative_log_probs(logits[torch.from_numpy(positions).to(logits.device)], first_ids).cpu().numpy()
+
+
+def _would_repeat(trie: TokenTrie, rows: np.ndarray, queries: Positions, positions: np.ndarray) -> np.ndarray:
+    """(n, 1) bool: whether the text would end in a repeat with the chunk of the one row (n, 1) at each position (n,)."""
+    row = rows[:, 0]
+    n_tail, lengths = 2 * LONGEST_REPEAT, trie.chunk_lengths(row)
+    back = np.arange(n_tail - 1, -1, -1)
+    text = queries.entries[np.maximum(positions[:, None] - back, 0)]
+    text = np.where(back <= queries.before[positions, None], text, -1)
+    whole = np.concatenate([text, trie.continuations(row, int(lengths.max()), first=0)], axis=1)
+    return ends_in_repeat(np.take_along_axis(whole, lengths[:, None] + np.arange(n_tail), axis=1))[:, None]
 
 
 def _agreeing(
@@ -495,8 +504,8 @@ def format_perplexity(report: dict[str, Any]) -> str:
     if mixture := report["mixture"]:
         going_on = " ".join(f"{each:.2f}" for each in mixture["continuation"])
         lines.append(
-            f"{mixture['n_neighbors']} rows propose, at temperature {mixture['temperature']:g}; a chunk goes on after each"
-            f" token with probability {going_on}"
+            f"{mixture['n_neighbors']} rows propose, at temperature {mixture['temperature']:g}, the LM's say to the power"
+            f" {mixture['lm_power']:g}; a chunk goes on after each token with probability {going_on}"
         )
     if report["acceptance"] == "threshold":
         lines.append(

@@ -60,12 +60,17 @@ class WindowScores:
     logits: Tensor | None = None  # (B, L, V), on the model's device; None: not wanted
 
 
-def relative_probs(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """(N, K) float32 in [0, 1]: the probability of K tokens for each row, relative to the row's likeliest token.
+def relative_log_probs(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """(N, K) float32, at most 0: log of the probability of K tokens for each row, relative to the row's likeliest token.
 
     logits (N, V) of any float dtype, token_ids (N, K) int64 on the same device.
     """
-    return (logits.gather(1, token_ids).float() - logits.amax(dim=1, keepdim=True).float()).exp()
+    return logits.gather(1, token_ids).float() - logits.amax(dim=1, keepdim=True).float()
+
+
+def relative_probs(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """(N, K) float32 in [0, 1]: the same without the logarithm."""
+    return relative_log_probs(logits, token_ids).exp()
 
 
 class PendingScores:
