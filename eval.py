@@ -36,6 +36,9 @@ from utils.text.prompts import Prompt, read_prompts, require_template
 if TYPE_CHECKING:
     from utils.evaluation.runner import EvaluationSettings
 
+AUTO = "auto"
+MAX_COST = 0.25  # of the table in docs/choosing-gamma-theta.md
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = StageParser(__doc__)
@@ -58,9 +61,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace runs of other settings in --save_dir")
     parser.add_argument(
         "--similarity_threshold",
-        type=COSINE,
+        type=cosine_or_auto,
         default=0.5,
-        help="θ in [-1, 1]: cosine similarity from which a chunk is accepted; 1 disables retrieval",
+        metavar="θ",
+        help="cosine similarity in [-1, 1] from which a chunk is accepted; 1 disables retrieval; auto chooses θ and δ so that"
+        " most forward passes are saved at --max_cost, and rejects repeats",
+    )
+    parser.add_argument(
+        "--max_cost",
+        type=Range(float, above=0),
+        default=MAX_COST,
+        metavar="NATS",
+        help="what auto may give away a token: the Kullback-Leibler divergence of chunk mode's text from the LM's",
+    )
+    parser.add_argument(
+        "--threshold_text",
+        type=Path,
+        metavar="FILE",
+        help="passages that auto chooses by, which the datastore does not hold (default: its own, each without its rows)",
     )
     parser.add_argument(
         "--acceptance",
@@ -162,6 +180,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def cosine_or_auto(text: str) -> float | str:
+    return text if text == AUTO else COSINE(text)
+
+
 def refuse_idle_flags(parser: StageParser, args: argparse.Namespace) -> None:
     """Refuse flags that would do nothing."""
     names: tuple[str, ...]
@@ -185,6 +207,10 @@ def refuse_idle_flags(parser: StageParser, args: argparse.Namespace) -> None:
             "sweep_similarity_threshold",
         )
         parser.refuse_flags(args, names, "is about the acceptance of chunks, of which there is none here")
+    if args.similarity_threshold == AUTO:
+        refuse_flags_of_auto(parser, args)
+    else:
+        parser.refuse_flags(args, ("max_cost", "threshold_text"), "needs --similarity_threshold auto")
     if args.acceptance_map:
         parser.refuse_flags(args, ("neighbors",), "is in the --acceptance_map")
     if args.acceptance_map or args.fit_acceptance or args.neighbors == 1:
@@ -203,6 +229,16 @@ def refuse_idle_flags(parser: StageParser, args: argparse.Namespace) -> None:
         names = ("prompt_template", "chat", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size")
         names += ("decoding", "cuda_graphs", "stream", "compare_baseline", "num_return_sequences", "overwrite")
         parser.refuse_flags(args, names, "is about generation, so it needs --prompt_file")
+
+
+def refuse_flags_of_auto(parser: StageParser, args: argparse.Namespace) -> None:
+    """Refuse what --similarity_threshold auto chooses itself, or does not choose for."""
+    if not args.prompt_file or args.gen_baseline_only or args.decoding == "verify":
+        parser.error(
+            "--similarity_threshold auto: is for chunks that are generated; give --prompt_file and a datastore"
+        )
+    names = ("min_first_token_prob", "reject_repeats", "neighbors", "acceptance", "acceptance_map", "fit_acceptance")
+    parser.refuse_flags(args, names, "is not for --similarity_threshold auto, which chooses how chunks are accepted")
 
 
 def add_drafts(parser: Parser) -> None:
@@ -261,7 +297,7 @@ def add_texts(parser: Parser) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     prompts = read_prompts(args.prompt_file, args.chat, args.num_return_sequences) if args.prompt_file else []
-    for path in (args.perplexity_file, args.fit_acceptance):
+    for path in (args.perplexity_file, args.fit_acceptance, args.threshold_text):
         if path is not None:
             require_file(path, "stage 1 writes, a JSON list of passages")
     require_template(args.prompt_template, args.chat)
@@ -337,17 +373,21 @@ def settings_of(
     texts = runner.TextSettings(
         perplexity_file=args.perplexity_file,
         fit_acceptance=args.fit_acceptance,
-        thresholds=args.sweep_similarity_threshold or [args.similarity_threshold],
+        thresholds=args.sweep_similarity_threshold,
         window=args.perplexity_window,
         with_bos=not args.no_bos,
         max_windows=args.max_windows,
         batch_size=args.perplexity_batch_size,
     )
+    chosen = None
+    if args.similarity_threshold == AUTO:
+        chosen = runner.AutoThreshold(args.max_cost, args.threshold_text)
+    theta = 1.0 if chosen else args.similarity_threshold
     return runner.EvaluationSettings(
         model=runner.ModelSettings(args.model_path, args.cache_dir, args.device, args.dtype, args.threads),
         datastore=datastore,
         acceptance=Acceptance(
-            args.similarity_threshold,
+            theta,
             args.acceptance,
             args.q_max,
             min_first_token_prob=args.min_first_token_prob,
@@ -355,6 +395,7 @@ def settings_of(
             neighbors=NeighborMixture(args.neighbors, args.neighbor_temperature) if args.neighbors > 1 else None,
         ),
         acceptance_map=args.acceptance_map,
+        auto_threshold=chosen,
         generation=generation,
         texts=texts,
         save_dir=args.save_dir,

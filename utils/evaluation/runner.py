@@ -20,6 +20,17 @@ from utils.decoding.draft_policy import DraftPolicy
 from utils.decoding.loop import Decoding, decode, n_slots_for
 from utils.decoding.retriever import Retriever
 from utils.decoding.types import Generation, Request
+from utils.evaluation.calibration import (
+    CHOSEN_THRESHOLD,
+    MIN_FIRST_TOKEN_PROBS,
+    Choice,
+    choose,
+    find_candidates,
+    read_choice,
+    window_tokens,
+    windows_of_datastore,
+    windows_of_text,
+)
 from utils.evaluation.perplexity import FITTED_MAP, TextReader, evaluate_perplexity, fit_acceptance, format_perplexity
 from utils.evaluation.report.page import ReportRun, write_report
 from utils.evaluation.report.rescore import rescore
@@ -35,7 +46,7 @@ from utils.evaluation.results import (
 )
 from utils.evaluation.summary import TokenStream, format_example, format_table, typical_prompt, write_summary
 from utils.files import InputError, file_fingerprint, make_folder
-from utils.json_io import write_json_list
+from utils.json_io import write_json, write_json_list
 from utils.lm.fingerprint import model_fingerprint, tokenizer_fingerprint
 from utils.lm.kv_cache import KVCache, make_kv_cache
 from utils.lm.model import (
@@ -126,11 +137,19 @@ class TextSettings:
 
     perplexity_file: Path | None
     fit_acceptance: Path | None
-    thresholds: list[float]  # θ of the table
+    thresholds: list[float] | None  # θ of the table; None: that of the acceptance
     window: int
     with_bos: bool
     max_windows: int | None
     batch_size: int
+
+
+@dataclass(frozen=True)
+class AutoThreshold:
+    """How θ and δ are chosen. text: a file of passages; None: the datastore's own text."""
+
+    max_cost: float  # nats a token
+    text: Path | None
 
 
 @dataclass(frozen=True)
@@ -141,6 +160,7 @@ class EvaluationSettings:
     datastore: DatastoreSettings | None
     acceptance: Acceptance  # by θ
     acceptance_map: Path | None  # a fitted map that takes the place of θ's
+    auto_threshold: AutoThreshold | None  # chooses θ and δ in the place of the acceptance's
     generation: GenerationSettings
     texts: TextSettings
     save_dir: Path
@@ -177,7 +197,7 @@ class Evaluation:
             require_made_with(folder, model.path, tokenizer, self._model_fingerprint)
             if prefix_ids and (prompts or settings.texts.with_bos) and not reads_bos(folder):
                 LOGGER.warning("%s: was made without the BOS that is read here, so that %s", folder, LACKS_BOS)
-        self._run_name = run_name(self._generation.decoding, settings.acceptance.similarity_threshold)
+        self._rule = settings.acceptance
         map_path = settings.acceptance_map
         self._fitted: AcceptanceMap | None = read_map(map_path) if map_path else None
         if self._fitted is not None and self._fitted.mixture is not None and settings.acceptance.reject_repeats:
@@ -188,12 +208,15 @@ class Evaluation:
         self._parts: list[str] = []  # of the summary
 
     def run(self) -> None:
-        """Fit, evaluate and generate, as the settings ask."""
+        """Choose θ, fit, evaluate and generate, as the settings ask."""
         texts = self._settings.texts
+        if self._settings.auto_threshold is not None:
+            self._choose_threshold(self._settings.auto_threshold)
         if texts.fit_acceptance:
             self._fit(texts.fit_acceptance)
         if texts.perplexity_file:
-            thresholds = [] if self._settings.datastore is None else texts.thresholds
+            thresholds = texts.thresholds or [self._rule.similarity_threshold]
+            thresholds = [] if self._settings.datastore is None else thresholds
             found = evaluate_perplexity(
                 self._text_reader(), texts.perplexity_file, self._settings.save_dir, thresholds, self._acceptance
             )
@@ -236,16 +259,55 @@ class Evaluation:
 
     @property
     def _acceptance(self) -> Acceptance:
-        return replace(self._settings.acceptance, fitted=self._fitted)
+        return replace(self._rule, fitted=self._fitted)
+
+    @property
+    def _run_name(self) -> str:
+        return run_name(self._generation.decoding, self._rule.similarity_threshold)
 
     def _decode_text(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
 
     # ---- Texts
 
+    def _choose_threshold(self, auto: AutoThreshold) -> None:
+        """Choose θ and δ, or take those that an earlier command chose in the same way."""
+        datastore, path = self._settings.datastore, self._settings.save_dir / CHOSEN_THRESHOLD
+        assert datastore is not None
+        inputs = {
+            "model": self._model_fingerprint,
+            "datastore": file_fingerprint(datastore.trie_folder / HIDDEN_STATES_MANIFEST),
+            "excluded": sorted(datastore.excluded),
+            "max_rows": datastore.max_rows,
+            "text": None if auto.text is None else file_fingerprint(auto.text),
+            "max_cost": auto.max_cost,
+            "dtype": self._settings.model.dtype,
+        }
+        choice = read_choice(path, inputs)
+        if choice is None:
+            choice = self._best_threshold(auto, datastore.trie_folder)
+            write_json(path, {"inputs": inputs, "choice": asdict(choice)}, indent=2)
+        theta, least = choice.similarity_threshold, choice.min_first_token_prob
+        self._rule = replace(self._rule, similarity_threshold=theta, min_first_token_prob=least, reject_repeats=True)
+        where = f"{datastore.trie_folder}, each window without its passage's rows" if auto.text is None else auto.text
+        expected = f"{choice.saved:.1%} of the forward passes saved at {choice.cost:.3f} nats a token"
+        if choice.saved == 0:
+            expected = f"nothing is saved at {auto.max_cost:g} nats a token; give a higher --max_cost"
+        self._parts.append(f"θ {theta:g} and δ {least:g}, chosen by the text of {where}; expected there: {expected}")
+
+    def _best_threshold(self, auto: AutoThreshold, trie_folder: Path) -> Choice:
+        prefix_ids = added_tokens(self._tokenizer)[0] if reads_bos(trie_folder) else []
+        n_tokens = window_tokens(self._lm.n_positions, len(prefix_ids))
+        if auto.text is None:
+            windows = windows_of_datastore(trie_folder, n_tokens)
+        else:
+            windows = windows_of_text(auto.text, self._tokenizer, n_tokens, self._settings.save_dir)
+        found = find_candidates(self._lm, self._datastore, windows, MIN_FIRST_TOKEN_PROBS, prefix_ids)
+        return choose(found, MIN_FIRST_TOKEN_PROBS, auto.max_cost)
+
     def _fit(self, path: Path) -> None:
         save_dir = self._settings.save_dir
-        self._fitted = fit_acceptance(self._text_reader(), path, save_dir, self._settings.acceptance)
+        self._fitted = fit_acceptance(self._text_reader(), path, save_dir, self._rule)
         origin, n_tokens = self._fitted.origin, self._fitted.origin["tokens"]
         shown = ", ".join(
             f"{name} {np.exp(-origin[f'log_likelihood_{name}'] / n_tokens):.3f}"
@@ -525,7 +587,7 @@ class Evaluation:
             "prompts": self._generation.prompt_file,
         }
         if datastore is not None:
-            theta = self._settings.acceptance.similarity_threshold
+            theta = self._rule.similarity_threshold
             facts |= {"datastore": datastore.trie_folder, "γ": datastore.tok_prob_threshold, "θ": theta}
         facts |= {name: value for name, value in run_settings.items() if name not in ("model", "datastore")}
         return [(name.replace("_", " "), str(value)) for name, value in facts.items() if value not in (None, [])]

@@ -1,0 +1,285 @@
+"""Choosing θ and δ: the most forward passes saved at no more than a bounded cost (`--similarity_threshold auto`).
+
+Chunk mode's texts are not distributed as the LM's: an accepted chunk c is certain, where the LM gives it p(c). So each adds
+-log p(c) to the Kullback-Leibler divergence of chunk mode's distribution from the LM's, and a token that is drawn adds
+nothing. Both, what is saved and what it costs, are estimated on a text that the datastore does not hold: the LM reads it
+once, the proposals of every position are found for all δ of a grid, and each window is walked through as chunk mode would,
+for every θ and δ. A text that is the datastore's own is read with the rows of each window left out.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from utils.datastore.provenance import find_windows, read_windows
+from utils.datastore.store import Datastore, TokenTrie
+from utils.datastore.trie_files import MANIFEST, STAGE
+from utils.evaluation.perplexity import plan_text
+from utils.files import InputError
+from utils.json_io import read_json
+from utils.lm.kv_cache import Block, make_kv_cache
+from utils.lm.model import CausalLM
+from utils.lm.scoring import log_probs_of, negative_log_likelihood, relative_probs, require_finite, score_windows
+from utils.manifest import read_finished
+from utils.progress import ProgressBar
+from utils.text.windows import WindowShape
+
+CHOSEN_THRESHOLD = "threshold.json"
+# A few thousand positions tell savings apart by a point; windows so long that most context is there.
+MAX_TOKENS, WINDOW_TOKENS = 4096, 256
+# Nodes of chunks that are read with their window in one pass.
+NODES_AT_ONCE = 256
+MIN_FIRST_TOKEN_PROBS = (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+N_THRESHOLDS = 24
+NEAR = 32  # windows on each side that may be of the same passage
+
+
+@dataclass(frozen=True)
+class CalibrationWindow:
+    """Token ids (L,) of a text, and the numbers of the datastore's windows whose rows must not propose in it."""
+
+    token_ids: np.ndarray
+    left_out: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """θ and δ, and what they are expected to bring: the share of forward passes saved, and nats given away a token."""
+
+    similarity_threshold: float
+    min_first_token_prob: float
+    saved: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The proposals at the N positions of some windows, one after the other, for each of J values of δ; arrays (J, N)."""
+
+    lengths: list[int]  # positions of each window
+    similarities: np.ndarray  # NaN: nothing is proposed
+    chunk_lengths: np.ndarray  # cut at the window's end
+    costs: np.ndarray  # -log p of the chunk, nats
+
+    def walk(self, column: int, similarity_threshold: float) -> tuple[float, float]:
+        """The share of forward passes saved and the nats given away a token, at one δ and θ."""
+        accepted = self.similarities[column] >= similarity_threshold
+        steps = np.where(accepted, self.chunk_lengths[column], 1).astype(int).tolist()
+        costs = np.where(accepted, self.costs[column], 0.0).tolist()
+        n_passes, cost, first = 0, 0.0, 0
+        for length in self.lengths:
+            at, end = first, first + length
+            while at < end:
+                n_passes += 1
+                cost += costs[at]
+                at += steps[at]
+            first = end
+        n_tokens = sum(self.lengths)
+        return 1 - n_passes / n_tokens, cost / n_tokens
+
+
+def choose(candidates: Candidates, min_first_token_probs: Sequence[float], max_cost: float) -> Choice:
+    """The θ and δ that save most at no more than max_cost nats a token; θ 1, which accepts nothing, where none saves."""
+    best = Choice(1.0, max(min_first_token_probs), 0.0, 0.0)
+    for column, least in enumerate(min_first_token_probs):
+        found = candidates.similarities[column]
+        found = found[~np.isnan(found)]
+        if not len(found):
+            continue
+        # Rounded down, so that the proposals at the quantile are accepted.
+        quantiles = np.quantile(found, np.linspace(0, 1, N_THRESHOLDS))
+        for theta in np.unique(np.floor(np.clip(quantiles, -1, 1) * 1000) / 1000).tolist():
+            saved, cost = candidates.walk(column, theta)
+            if cost <= max_cost and (saved, -cost) > (best.saved, -best.cost):
+                best = Choice(theta, least, saved, cost)
+    return best
+
+
+def read_choice(path: Path, inputs: dict[str, Any]) -> Choice | None:
+    """What an earlier command chose and saved; None where there is none, or it chose by something else."""
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    try:
+        return Choice(**found["choice"]) if found["inputs"] == inputs else None
+    except (KeyError, TypeError):
+        raise InputError(f"{path}: holds no choice of θ; delete it") from None
+
+
+# ---- Proposals and their costs
+
+
+@torch.inference_mode()
+def find_candidates(
+    lm: CausalLM,
+    datastore: Datastore,
+    windows: Sequence[CalibrationWindow],
+    min_first_token_probs: Sequence[float],
+    prefix_ids: Sequence[int] = (),
+) -> Candidates:
+    """The proposals at every position of the windows, each of two tokens or more; prefix_ids: read before each, such as BOS.
+
+    Raises InputError where the model computes NaN or infinity.
+    """
+    parts = [
+        _of_window(lm, datastore, window, min_first_token_probs, list(prefix_ids))
+        for window in ProgressBar(windows, desc="choosing θ", unit="window")
+    ]
+    return Candidates(
+        [part.shape[2] for part in parts],
+        *np.concatenate(parts, axis=2),
+    )
+
+
+def _of_window(
+    lm: CausalLM,
+    datastore: Datastore,
+    window: CalibrationWindow,
+    min_first_token_probs: Sequence[float],
+    prefix_ids: list[int],
+) -> np.ndarray:
+    """(3, J, L - 1): similarities, chunk lengths and costs."""
+    scores = score_windows(lm, window.token_ids[None], np.dtype(np.float32), prefix_ids, keep_logits=True)
+    require_finite(0, 0, scores)
+    assert scores.hidden_states is not None
+    assert scores.logits is not None
+    n_positions = len(window.token_ids) - 1
+    found = np.full((3, len(min_first_token_probs), n_positions), np.nan)
+    chosen: dict[tuple[int, int], list[tuple[int, float]]] = {}  # by position and row, for which δ, and how similar
+    for at in range(n_positions):
+        trie = datastore.trie(int(window.token_ids[at]))
+        if trie is None:
+            continue
+        query = torch.from_numpy(scores.hidden_states[0, at])
+        for column, row, similarity in _nearest_rows(
+            trie, query, scores.logits[0, at], window.left_out, min_first_token_probs
+        ):
+            chosen.setdefault((at, row), []).append((column, similarity))
+    chunks = []
+    for at, row in chosen:
+        trie = datastore.trie(int(window.token_ids[at]))
+        assert trie is not None
+        chunks.append(trie.chunk(row)[: n_positions - at])
+    text = [*prefix_ids, *window.token_ids.tolist()]
+    costs = chunk_costs(lm, text, [len(prefix_ids) + at + 1 for at, _ in chosen], chunks)
+    for ((at, _), columns), chunk, cost in zip(chosen.items(), chunks, costs, strict=True):
+        for column, similarity in columns:
+            found[:, column, at] = similarity, len(chunk), cost
+    return found
+
+
+def _nearest_rows(
+    trie: TokenTrie, query: Tensor, logits: Tensor, left_out: frozenset[int], min_first_token_probs: Sequence[float]
+) -> Iterator[tuple[int, int, float]]:
+    """Of each δ that leaves a row: its index, the nearest row and its similarity."""
+    norm = float(torch.linalg.vector_norm(query))
+    similarities = (trie.context_vectors @ query.to(trie.context_vectors.device)).cpu().numpy() / max(norm, 1e-30)
+    probs = relative_probs(logits[None], trie.first_ids[None].to(logits.device))[0].cpu().numpy()
+    if left_out:
+        similarities = np.where(np.isin(trie.windows, list(left_out)), -np.inf, similarities)
+    for column, least in enumerate(min_first_token_probs):
+        allowed = np.where(probs >= least, similarities, -np.inf)
+        row = int(allowed.argmax())
+        if np.isfinite(allowed[row]):
+            yield column, row, float(allowed[row])
+
+
+@torch.inference_mode()
+def chunk_costs(lm: CausalLM, text: list[int], ends: Sequence[int], chunks: Sequence[list[int]]) -> list[float]:
+    """-log p of each chunk in nats, after the first `end` tokens of a text; many in one pass where the model takes trees."""
+    costs: list[float] = []
+    cache = make_kv_cache(lm, 1, len(text) + NODES_AT_ONCE) if chunks else None
+    for first, last in _groups([len(chunk) for chunk in chunks]):
+        group = list(zip(ends[first:last], chunks[first:last], strict=True))
+        if cache is None or not cache.takes_trees:
+            costs += [negative_log_likelihood(lm, text[:end], chunk) for end, chunk in group]
+            continue
+        token_ids, parents = list(text), list(range(-1, len(text) - 1))
+        before: list[int] = []  # of each node of a chunk, the node whose logits give its probability
+        for end, chunk in group:
+            nodes = [end - 1, *range(len(token_ids), len(token_ids) + len(chunk) - 1)]
+            before += nodes
+            parents += nodes
+            token_ids += chunk
+        cache.lengths[0] = 0
+        _, (logits,) = cache.forward([Block(token_ids, parents)], keep_all=True)
+        targets = torch.tensor(token_ids[len(text) :], device=logits.device)
+        log_probs = log_probs_of(logits[before][None], targets[None])[0].double().cpu().numpy()
+        borders = np.cumsum([0, *(len(chunk) for _, chunk in group)])
+        costs += (-np.add.reduceat(log_probs, borders[:-1])).tolist()
+    return costs
+
+
+def _groups(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive chunks of at most NODES_AT_ONCE tokens together, one chunk at least."""
+    first, n_nodes = 0, 0
+    for i, length in enumerate(lengths):
+        if i > first and n_nodes + length > NODES_AT_ONCE:
+            yield first, i
+            first, n_nodes = i, 0
+        n_nodes += length
+    if first < len(lengths):
+        yield first, len(lengths)
+
+
+# ---- The text
+
+
+def window_tokens(n_positions: int | None, n_prefix: int) -> int:
+    """How many tokens of a text are read together, with n_prefix before them, by a model that reads n_positions."""
+    return WINDOW_TOKENS if n_positions is None else min(WINDOW_TOKENS, n_positions - n_prefix)
+
+
+def windows_of_text(
+    path: Path, tokenizer: PreTrainedTokenizerBase, n_tokens: int, folder: Path
+) -> list[CalibrationWindow]:
+    """Windows of a file of passages, evenly spread; folder: for a temporary file. Raises InputError where it has none."""
+    plan, _ = plan_text(path, tokenizer, WindowShape(n_tokens, n_tokens, 2), None, folder)
+    chosen = _evenly_spread(plan.n_windows, plan.n_tokens / plan.n_windows)
+    return [CalibrationWindow(plan.token_ids(window)) for window in chosen]
+
+
+def windows_of_datastore(trie_folder: Path, n_tokens: int) -> list[CalibrationWindow]:
+    """The middle of some windows of the datastore's own text, evenly spread, with the windows of their passages left out.
+
+    Raises InputError where stage 3's list of windows is missing or damaged.
+    """
+    tries = read_finished(trie_folder / MANIFEST, STAGE)
+    shape, results = tries.inputs["extraction"], tries.results
+    n_windows, chunk_size = int(results["windows"]), int(shape["chunk_size"])
+    chosen = _evenly_spread(n_windows, min(results["tokens"] / n_windows, n_tokens))
+    near = sorted({n for i in chosen for n in range(max(i - NEAR, 0), min(i + NEAR + 1, n_windows))})
+    token_ids = {number: window.token_ids for number, window in read_windows(find_windows(trie_folder), near).items()}
+    n_shared = max(chunk_size - int(shape["stride"]), 0)
+
+    def goes_on(window: int) -> bool:
+        """Whether the next window is of the same passage: this one is full, and they share what windows share."""
+        before, after = token_ids.get(window), token_ids.get(window + 1)
+        if before is None or after is None or len(before) < chunk_size:
+            return False
+        return bool(np.array_equal(before[chunk_size - n_shared :], after[:n_shared]))
+
+    found = []
+    for window in chosen:
+        first = last = window
+        while goes_on(first - 1):
+            first -= 1
+        while goes_on(last):
+            last += 1
+        own = frozenset(range(first, last + 1))
+        ids = token_ids[window]
+        start = max((len(ids) - n_tokens) // 2, 0)
+        found.append(CalibrationWindow(ids[start : start + n_tokens], own))
+    return [window for window in found if len(window.token_ids) > 1]
+
+
+def _evenly_spread(n_windows: int, mean_tokens: float) -> list[int]:
+    """Numbers of windows of so many tokens, MAX_TOKENS together."""
+    n_wanted = min(max(int(MAX_TOKENS / mean_tokens), 1), n_windows)
+    return np.unique(np.linspace(0, n_windows - 1, n_wanted).round().astype(int)).tolist()
