@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from benchmarks.common import write_json
-from benchmarks.paper.datastores import SMALL, Work, add_work, work_of
+from benchmarks.paper.datastores import MAX_CHUNK_LENGTH, SMALL, Work, add_work, work_of
 from utils.cli import COSINE, POSITIVE_INT, Parser, Range, file_name
 from utils.datastore.store import Datastore, open_datastore
-from utils.decoding.acceptance import Acceptance
+from utils.decoding.acceptance import Acceptance, NeighborMixture
 from utils.evaluation.marginal import Proposals
 from utils.evaluation.perplexity import (
     Setting,
@@ -65,6 +65,9 @@ def add_flags(parser: Parser) -> None:
     )
     parser.add_argument(
         "--tok_prob_threshold", type=Range(float, least=0, below=1), default=0.3, help="γ of the datastore, in [0, 1)"
+    )
+    parser.add_argument(
+        "--max_chunk_length", type=POSITIVE_INT, default=MAX_CHUNK_LENGTH, help="tokens of a chunk, at most"
     )
     parser.add_argument("--similarity_threshold", type=COSINE, default=0.5, help="θ of the map that one knob gives")
     add_windows(parser)
@@ -139,6 +142,10 @@ class Split:
         n_windows = [sum(end - start > 1 for start, end in shape.bounds(length)) for length in lengths]
         return cls(path, plan, size, np.repeat(np.arange(len(n_windows)), n_windows)[: plan.n_windows])
 
+    def windows(self) -> list[np.ndarray]:
+        """The token ids of each window."""
+        return [self.plan.token_ids(window) for window in range(self.plan.n_windows)]
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -170,11 +177,16 @@ class Reader:
 
     def datastore(self, lm: CausalLM, work: Work | None = None) -> Datastore:
         """The datastore of the text, or of a part of it, made where it is not there."""
-        folder = (work or self.work).tries(self.args.tok_prob_threshold)
+        folder = (work or self.work).tries(self.args.tok_prob_threshold, self.args.max_chunk_length)
         return open_datastore(folder, device=lm.device, max_bytes=int(self.args.trie_cache_gb * 10**9))
 
-    def proposals(self, lm: CausalLM, datastore: Datastore | None, split: Split) -> Proposals:
-        return find_proposals(lm, datastore, split.plan, self.args.batch_size)
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def proposals(self, lm: CausalLM, datastore: Datastore | None, split: Split, n_neighbors: int = 1) -> Proposals:
+        """The proposals of a split; n_neighbors: rows that propose at each position."""
+        several = Acceptance(0.0, neighbors=NeighborMixture(n_neighbors)) if n_neighbors > 1 else None
+        return find_proposals(lm, datastore, split.plan, self.args.batch_size, several)
 
     def maps(self, validation: Proposals) -> Maps:
         """The settings that every table shows side by side, each chosen or fitted on the validation split alone."""

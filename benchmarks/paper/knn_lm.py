@@ -3,11 +3,12 @@
     p(x) = λ p_kNN(x) + (1 - λ) p_LM(x),    p_kNN(x) ∝ sum over the k nearest keys followed by x of exp(-distance² / T)
 
 Distances are Euclidean, in float32. k, T and λ are those under which another text, the validation split, is likeliest:
-one search gives p_kNN for all k and T of a grid, and EM the best λ of each, since the likelihood is concave in it.
+one search gives p_kNN for all k and T of a grid, and EM the best λ of each, since the likelihood is concave in it. λ is a
+constant, as in its paper, or a falling function of the distance of the nearest key, fitted by EM as CD-LM's acceptance is.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from utils.decoding.acceptance import AcceptanceMap
+from utils.evaluation.marginal import N_KNOTS, knot_weights, pool_adjacent_violators
 from utils.evaluation.perplexity import Positions
 from utils.extraction.hidden_states import map_all_hidden_states
 from utils.files import InputError, make_folder
@@ -140,11 +143,15 @@ class Choice:
     n_neighbors: int
     temperature: float
     weight: float  # λ
+    weight_map: AcceptanceMap | None = (
+        None  # λ by minus the squared distance of the nearest key, in the place of the constant
+    )
 
-    def log_probs(self, of_knn: np.ndarray, of_lm: np.ndarray) -> np.ndarray:
-        """log p of the mixture; of_knn (N,) probabilities, of_lm (N,) log-probabilities."""
+    def log_probs(self, of_knn: np.ndarray, of_lm: np.ndarray, nearest: np.ndarray) -> np.ndarray:
+        """log p of the mixture; of_knn (N,) probabilities, of_lm (N,) log-probabilities, nearest (N,) squared distances."""
+        weights = np.full(len(of_lm), self.weight) if self.weight_map is None else self.weight_map(-nearest)
         with np.errstate(divide="ignore"):
-            return np.logaddexp(np.log(self.weight) + np.log(of_knn), np.log1p(-self.weight) + of_lm)
+            return np.logaddexp(np.log(weights) + np.log(of_knn), np.log1p(-weights) + of_lm)
 
 
 def _blocks_of_queries(
@@ -162,24 +169,52 @@ def _blocks_of_queries(
                 bar.update(len(targets))
 
 
-def tune(keys: Keys, parts: Iterable[Positions], of_lm: np.ndarray, device: torch.device) -> Choice:
-    """k, T and λ under which a text is likeliest; of_lm (N,): the LM's log-probabilities at all its positions."""
+def tune(keys: Keys, parts: Iterable[Positions], of_lm: np.ndarray, device: torch.device) -> tuple[Choice, Choice]:
+    """k, T and λ under which a text is likeliest, with λ constant and with λ of the distance.
+
+    of_lm (N,): the LM's log-probabilities at all its positions. λ of the distance is tried for each k, at the T that is
+    best for the constant one.
+    """
     temperatures: list[float] = []
     found = np.zeros((len(NEIGHBORS), len(TEMPERATURES), len(of_lm)), dtype=np.float32)
+    nearest = np.zeros(len(of_lm))
     for places, distances, ids, targets in _blocks_of_queries(keys, parts, NEIGHBORS[-1], device, len(of_lm)):
         if not temperatures:
             scale = float((distances - distances[:, :1]).mean()) or 1.0
             temperatures = [scale * factor for factor in TEMPERATURES]
         found[:, :, places] = knn_probabilities(distances, ids, targets, NEIGHBORS, temperatures).cpu().numpy()
-    best: tuple[float, Choice] | None = None
-    for k, of_temperatures in zip(NEIGHBORS, found, strict=True):
-        for temperature, of_knn in zip(temperatures, of_temperatures, strict=True):
-            choice = Choice(k, temperature, best_weight(of_knn.astype(np.float64), of_lm))
-            log_p = float(choice.log_probs(of_knn, of_lm).sum())
-            if best is None or log_p > best[0]:
-                best = log_p, choice
-    assert best is not None
-    return best[1]
+        nearest[places] = distances[:, 0].double().cpu().numpy()
+
+    def likeliest(choices: Iterable[tuple[Choice, np.ndarray]]) -> Choice:
+        return max(choices, key=lambda choice: float(choice[0].log_probs(choice[1], of_lm, nearest).sum()))[0]
+
+    constant = likeliest(
+        (Choice(k, temperature, best_weight(of_knn.astype(np.float64), of_lm)), of_knn)
+        for k, of_temperatures in zip(NEIGHBORS, found, strict=True)
+        for temperature, of_knn in zip(temperatures, of_temperatures, strict=True)
+    )
+    at = temperatures.index(constant.temperature)
+    by_distance = likeliest(
+        (replace(constant, n_neighbors=k, weight_map=best_weight_map(of_knn, of_lm, nearest)), of_knn)
+        for k, of_knn in zip(NEIGHBORS, found[:, at].astype(np.float64), strict=True)
+    )
+    return constant, by_distance
+
+
+def best_weight_map(of_knn: np.ndarray, of_lm: np.ndarray, nearest: np.ndarray) -> AcceptanceMap:
+    """λ as a falling function of the squared distance nearest (N,), under which the text is likeliest, by EM."""
+    closeness, p = -nearest, np.exp(of_lm)
+    knots = np.unique(np.quantile(closeness, np.linspace(0, 1, N_KNOTS)))
+    shares = knot_weights(closeness, knots)
+    values = np.full(len(knots), 0.1)
+    for _ in range(WEIGHT_STEPS):
+        weight = shares @ values
+        mixed = np.maximum(weight * of_knn + (1 - weight) * p, np.finfo(float).tiny)
+        yes, no = shares.T @ (of_knn / mixed) * values, shares.T @ (p / mixed) * (1 - values)
+        values, before = np.clip(pool_adjacent_violators(yes, no), 0, 1 - 1e-6), values
+        if np.abs(values - before).max() < 1e-6:
+            break
+    return AcceptanceMap(tuple(knots.tolist()), tuple(values.tolist()))
 
 
 def best_weight(of_knn: np.ndarray, of_lm: np.ndarray) -> float:
@@ -194,11 +229,14 @@ def best_weight(of_knn: np.ndarray, of_lm: np.ndarray) -> float:
 
 
 def log_probs(
-    keys: Keys, parts: Iterable[Positions], of_lm: np.ndarray, choice: Choice, device: torch.device
-) -> np.ndarray:
-    """(N,) log p of each token under kNN-LM."""
-    of_knn = np.zeros(len(of_lm))
-    k, temperature = [choice.n_neighbors], [choice.temperature]
-    for places, distances, ids, targets in _blocks_of_queries(keys, parts, choice.n_neighbors, device, len(of_lm)):
-        of_knn[places] = knn_probabilities(distances, ids, targets, k, temperature).cpu().numpy()[0, 0]
-    return choice.log_probs(of_knn, of_lm)
+    keys: Keys, parts: Iterable[Positions], of_lm: np.ndarray, choices: Sequence[Choice], device: torch.device
+) -> list[np.ndarray]:
+    """(N,) log p of each token under kNN-LM, for each choice, by one search."""
+    of_knn, nearest = np.zeros((len(choices), len(of_lm))), np.zeros(len(of_lm))
+    n_neighbors = max(choice.n_neighbors for choice in choices)
+    for places, distances, ids, targets in _blocks_of_queries(keys, parts, n_neighbors, device, len(of_lm)):
+        nearest[places] = distances[:, 0].double().cpu().numpy()
+        for choice, of_choice in zip(choices, of_knn, strict=True):
+            k, temperature = [choice.n_neighbors], [choice.temperature]
+            of_choice[places] = knn_probabilities(distances, ids, targets, k, temperature).cpu().numpy()[0, 0]
+    return [choice.log_probs(of_choice, of_lm, nearest) for choice, of_choice in zip(choices, of_knn, strict=True)]

@@ -10,7 +10,7 @@ import torch
 from conftest import TEXTS
 from decoding_cases import trie
 
-from benchmarks.paper import chunk_length, composition, datastores, knn_lm, perplexity
+from benchmarks.paper import chunk_length, composition, datastores, knn_lm, ngrams, perplexity
 from benchmarks.paper.common import Reader, mean_interval, of_passages, ratio, works_of
 from benchmarks.paper.knn_lm import Choice, Keys, best_weight, knn_probabilities, nearest_keys
 from benchmarks.paper.near_duplicates import PartOfDatastore, SharedRuns, runs_of
@@ -87,7 +87,7 @@ def test_the_weight_is_that_of_a_fine_grid():
     of_knn = np.where(rng.random(400) < 0.4, rng.random(400), 0.0)
     of_lm = np.log(rng.uniform(0.05, 0.5, 400))
     grid = np.linspace(0.001, 0.999, 999)
-    likelihood = [Choice(1, 1.0, weight).log_probs(of_knn, of_lm).sum() for weight in grid]
+    likelihood = [Choice(1, 1.0, weight).log_probs(of_knn, of_lm, np.zeros(400)).sum() for weight in grid]
     assert best_weight(of_knn, of_lm) == pytest.approx(grid[int(np.argmax(likelihood))], abs=2e-3)
     assert best_weight(np.zeros(400), of_lm) < 1e-6
 
@@ -101,12 +101,68 @@ def test_tuning_finds_the_best_of_its_grid_and_scores_by_it():
     parts = [
         Positions(following[at], at, hidden[at], following[at], of_lm[at], at, at) for at in (places[:25], places[25:])
     ]
-    choice = knn_lm.tune(keys, parts, of_lm, torch.device("cpu"))
-    tuned = knn_lm.log_probs(keys, parts, of_lm, choice, torch.device("cpu"))
-    for other in (replace(choice, n_neighbors=16), replace(choice, temperature=choice.temperature / 2)):
-        worse = knn_lm.log_probs(keys, parts, of_lm, replace(other, weight=choice.weight), torch.device("cpu"))
-        assert worse.sum() <= tuned.sum() + 1e-5
+    choice, by_distance = knn_lm.tune(keys, parts, of_lm, torch.device("cpu"))
+    others = [replace(choice, n_neighbors=16), replace(choice, temperature=choice.temperature / 2)]
+    tuned, of_map, *worse = knn_lm.log_probs(keys, parts, of_lm, [choice, by_distance, *others], torch.device("cpu"))
+    assert all(each.sum() <= tuned.sum() + 1e-5 for each in worse)
     assert tuned.sum() >= of_lm.sum() - 1e-5
+    # A constant is a map too.
+    assert of_map.sum() >= tuned.sum() - 1e-2
+    assert by_distance.weight_map is not None
+    assert list(by_distance.weight_map.probabilities) == sorted(by_distance.weight_map.probabilities)
+
+
+# ---- n-grams
+
+
+def counted(passages: list[list[int]], context: list[int], token: int) -> tuple[int, int]:
+    """How often a context stands before some token, and before this one."""
+    n = len(context)
+    found = [p[i + n] for p in passages for i in range(len(p) - n) if p[i : i + n] == context]
+    return len(found), found.count(token)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+def test_ngrams_are_counted_as_loops_count_them(order):
+    rng = RNG(11)
+    passages = [rng.integers(0, 3, n).tolist() for n in (40, 2, 1, 17)]
+    counts = ngrams.NGramCounts.of([np.array(p) for p in passages], order)
+    for length in (2, 3, 12):
+        window = rng.integers(0, 4, length).tolist()
+        contexts, of_token = counts.lookup(np.array(window), order)
+        for at in range(1, length):
+            wanted = (0, 0)
+            if at >= order - 1:
+                wanted = counted(passages, window[at - order + 1 : at], window[at])
+            assert (contexts[at - 1], of_token[at - 1]) == wanted
+
+
+def test_probabilities_of_all_tokens_under_lm_and_ngrams_add_up_to_one():
+    rng = RNG(12)
+    passages = [rng.integers(0, 4, 60)]
+    lm = np.log(rng.dirichlet(np.ones(4)))
+    windows = [rng.integers(0, 4, 30)]
+    mixed = ngrams.fit(passages, windows, lm[windows[0][1:]], orders=4)
+    before = windows[0][:9]
+    total = sum(
+        np.exp(mixed.log_probs([np.append(before, token)], np.append(lm[before[1:]], lm[token]))[-1])
+        for token in range(4)
+    )
+    assert total == pytest.approx(1.0)
+
+
+def test_em_of_ngram_weights_is_no_worse_than_weights_near_it():
+    rng = RNG(13)
+    passages = [np.tile(rng.integers(0, 6, 15), 5), rng.integers(0, 6, 50)]
+    windows = [np.concatenate([passages[0][4:30], rng.integers(0, 6, 20)])]
+    of_lm = np.log(rng.uniform(0.05, 0.4, len(windows[0]) - 1))
+    fitted = ngrams.fit(passages, windows, of_lm, orders=3)
+    best = fitted.log_probs(windows, of_lm).sum()
+    assert best > of_lm.sum()
+    for change in np.eye(3 * ngrams.N_BUCKETS).reshape(-1, 3, ngrams.N_BUCKETS):
+        for step in (-0.1, 0.1):
+            near = replace(fitted, weights=(fitted.weights + step * change).clip(1e-9, 1 - 1e-9))
+            assert near.log_probs(windows, of_lm).sum() <= best + 1e-3
 
 
 # ---- Intervals
@@ -197,7 +253,7 @@ def run_table(module, flags, tmp_path, monkeypatch, run_stage) -> dict:
 
 
 def test_the_table_of_perplexity(table_flags, tmp_path, monkeypatch, run_stage, capsys):
-    flags = (*table_flags, "--knn_tuning_windows", 3)
+    flags = (*table_flags, "--knn_tuning_windows", 3, "--neighbors", 2, 8)
     found = run_table(perplexity, flags, tmp_path, monkeypatch, run_stage)
     rows = found["rows"]
     assert (
@@ -206,6 +262,12 @@ def test_the_table_of_perplexity(table_flags, tmp_path, monkeypatch, run_stage, 
     # The text is the datastore's own.
     assert rows["KCD, fitted map"]["ratio_upper"] < 0.9
     assert rows["kNN-LM"]["ratio_upper"] < 0.9
+    assert rows["LM + n-grams"]["ratio_upper"] < 0.9
+    assert rows["KCD, 8 rows"]["mixture"]["n_neighbors"] == 8
+    assert rows["KCD, 8 rows"]["ratio"] < rows["KCD, 2 rows"]["ratio"] < rows["KCD, prefixes"]["ratio"]
+    assert rows["KCD, random rows, 8"]["ratio"] < 1
+    assert rows["kNN-LM, λ(distance)"]["ratio"] < 0.9
+    assert found["most_rows_to"]["small LM"]["upper"] < 0.9
     ratio_to_base = found["fitted_map_to"]["small LM"]
     assert ratio_to_base["value"] == pytest.approx(rows["KCD, fitted map"]["ratio"])
     assert ratio_to_base["lower"] == pytest.approx(rows["KCD, fitted map"]["ratio_lower"])

@@ -337,7 +337,7 @@ def fit_map_of(
         raise ValueError("the datastore proposes nothing in this text, so there is nothing to fit")
     quantiles = np.linspace(0, 1, n_knots) if n_knots > 1 else [0.5]
     knots = np.unique(np.quantile(proposals.similarities[known], quantiles))
-    weights = _knot_weights(proposals.similarities[known], knots)  # (n, K)
+    weights = knot_weights(proposals.similarities[known], knots)  # (n, K)
     values = np.full(len(knots), min(FIRST_PROBABILITY, q_max))
     branches = Branches.of(proposals, mixture)
     continuation = np.full(branches.longest, FIRST_CONTINUATION)
@@ -355,7 +355,7 @@ def fit_map_of(
         with np.errstate(divide="ignore", invalid="ignore"):
             yes = np.nan_to_num(weights * values / q) * found.accepted[known, None]
             no = np.nan_to_num(weights * (1 - values) / (1 - q)) * found.rejected[known, None]
-        values = np.minimum(_pool_adjacent_violators(yes.sum(axis=0), no.sum(axis=0)), q_max)
+        values = np.minimum(pool_adjacent_violators(yes.sum(axis=0), no.sum(axis=0)), q_max)
         if prefixes:
             continuation = _next_continuation(branches, continuation, found.of_branches)
     if mixture is not None and prefixes:
@@ -380,13 +380,13 @@ def _next_continuation(branches: Branches, continuation: np.ndarray, posterior: 
     return np.concatenate([shares, np.full(len(continuation) - n_own, shares[-1])])
 
 
-def _knot_weights(similarities: np.ndarray, knots: np.ndarray) -> np.ndarray:
+def knot_weights(similarities: np.ndarray, knots: np.ndarray) -> np.ndarray:
     """(n, K): how much each knot counts in linear interpolation; rows add up to 1."""
     unit = np.eye(len(knots))
     return np.stack([np.interp(similarities, knots, row) for row in unit], axis=1)
 
 
-def _pool_adjacent_violators(yes: np.ndarray, no: np.ndarray) -> np.ndarray:
+def pool_adjacent_violators(yes: np.ndarray, no: np.ndarray) -> np.ndarray:
     """Ascending shares yes / (yes + no) of greatest likelihood: adjacent ones that descend become one."""
     groups: list[list[float]] = []  # yes, total, members
     for a, b in zip(yes.tolist(), (yes + no).tolist(), strict=True):
