@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from utils.evaluation.runner import EvaluationSettings
 
 AUTO = "auto"
-MAX_COST = 0.25  # of the table in docs/choosing-gamma-theta.md
+MAX_COST = 0.05  # of the table in docs/choosing-gamma-theta.md
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -72,7 +72,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Range(float, above=0),
         default=MAX_COST,
         metavar="NATS",
-        help="what auto may give away a token: the Kullback-Leibler divergence of chunk mode's text from the LM's",
+        help="what auto may lose a token: how much less likely the LM finds the text than its own, so 0.05 lets the"
+        " perplexity grow by 5%%",
     )
     parser.add_argument(
         "--threshold_text",

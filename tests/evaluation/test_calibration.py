@@ -1,9 +1,9 @@
 """θ and δ are chosen by what chunk mode saves and costs on a text, which naive loops give too."""
 
-import itertools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,42 +27,64 @@ from utils.evaluation.calibration import (
     windows_of_datastore,
 )
 from utils.lm.model import CausalLM
-from utils.lm.scoring import negative_log_likelihood
 
 
+def naive_cost(lm: CausalLM, text: list[int], chunk: list[int], temperature: float) -> float:
+    """Token by token, by a pass over all of the text before it."""
+    cost = 0.0
+    for ahead, token in enumerate(chunk):
+        with torch.inference_mode():
+            logits = lm.forward(torch.tensor([text + chunk[:ahead]]))[1][0, -1].double()
+        p = logits.softmax(-1)
+        drawn = (logits / temperature).softmax(-1) if temperature else torch.eye(len(p))[int(p.argmax())]
+        cost += float(-p[token].log() + (drawn * p.log()).sum())
+    return cost
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bloom"])
-def test_the_cost_of_a_chunk_is_what_the_lm_gives_it_after_the_text(name, monkeypatch):
+def test_the_cost_of_a_chunk_is_how_much_less_likely_it_is_than_what_is_drawn(name, temperature, monkeypatch):
     lm = tiny_lm(name)
     text = [5, 6, 7, 8, 9, 10, 11, 12]
     ends = [1, 3, 3, 8, 5, 8]
     chunks = [[4], [9, 9, 2], [1, 2, 3, 4, 5], [7, 7], [3], [50, 60, 70]]
-    wanted = [negative_log_likelihood(lm, text[:end], chunk) for end, chunk in zip(ends, chunks, strict=True)]
-    assert chunk_costs(lm, text, ends, chunks) == pytest.approx(wanted, abs=1e-4)
+    wanted = [naive_cost(lm, text[:end], chunk, temperature) for end, chunk in zip(ends, chunks, strict=True)]
+    assert chunk_costs(lm, text, ends, chunks, temperature) == pytest.approx(wanted, abs=1e-4)
     monkeypatch.setattr(calibration, "NODES_AT_ONCE", 4)
-    assert chunk_costs(lm, text, ends, chunks) == pytest.approx(wanted, abs=1e-4)
-    assert chunk_costs(lm, text, [], []) == []
+    assert chunk_costs(lm, text, ends, chunks, temperature) == pytest.approx(wanted, abs=1e-4)
+    assert chunk_costs(lm, text, [], [], temperature) == []
 
 
-def naive_candidate(lm: CausalLM, store: Datastore, window: list[int], at: int, least: float, left_out: set[int]):
-    """The nearest row that may propose: its similarity and its chunk, cut at the window's end; None: there is none."""
+def test_what_the_lm_draws_itself_costs_nothing_in_expectation():
+    lm = tiny_lm("five tokens")
+    text = [1, 2, 3]
+    with torch.inference_mode():
+        p = (lm.forward(torch.tensor([text]))[1][0, -1].double() / 0.7).softmax(-1).tolist()
+    costs = chunk_costs(lm, text, [3] * 5, [[token] for token in range(5)], 0.7)
+    assert sum(share * cost for share, cost in zip(p, costs, strict=True)) == pytest.approx(0.0, abs=1e-5)
+
+
+def naive_candidate(lm: CausalLM, store: Datastore, window: list[int], at: int, left_out: set[int]):
+    """The nearest row that may propose: similarity, chunk, cut at the window's end, and the LM's probability of its
+    first token to its likeliest; None: there is none."""
     found = store.trie(window[at])
     if found is None:
         return None
     with torch.inference_mode():
         hidden_states, logits = lm.forward(torch.tensor([window[: at + 1]]))
-    query, probs = hidden_states[0, -1].double(), logits[0, -1].double().softmax(-1)
+    query, p = hidden_states[0, -1].double(), logits[0, -1].double().softmax(-1)
     best = None
     for row in range(len(found.windows)):
-        chunk = found.chunk(row)
-        if int(found.windows[row]) in left_out or probs[chunk[0]] < least * probs.max():
+        if int(found.windows[row]) in left_out:
             continue
         similarity = float(found.context_vectors[row].double() @ query / query.norm())
         if best is None or similarity > best[0]:
-            best = similarity, chunk[: len(window) - at - 1]
+            chunk = found.chunk(row)
+            best = similarity, chunk[: len(window) - at - 1], float(p[chunk[0]] / p.max())
     return best
 
 
-def test_candidates_are_the_nearest_rows_that_may_propose():
+def test_candidates_are_the_nearest_rows_of_other_passages():
     lm = tiny_lm("llama")
     store = datastore_near_text(lm, PROMPTS, 20)
     for entry in store.n_rows:
@@ -70,44 +92,44 @@ def test_candidates_are_the_nearest_rows_that_may_propose():
         assert of_entry is not None
         of_entry.windows[:] = np.arange(len(of_entry.windows)) % 3
     windows = [[*PROMPTS[2], 70, 10, 5, 15], list(range(1, 12))]
-    left_out, leasts = [{1}, set()], (0.0, 0.3, 1.0)
+    left_out: list[set[int]] = [{1}, set()]
     given = [CalibrationWindow(np.array(w), frozenset(o)) for w, o in zip(windows, left_out, strict=True)]
-    found = find_candidates(lm, store, given, leasts)
+    found = find_candidates(lm, store, given, 0.7)
     assert found.lengths == [len(window) - 1 for window in windows]
     places = [(w, at) for w, window in enumerate(windows) for at in range(len(window) - 1)]
     n_none = 0
-    for (column, least), (n, (w, at)) in itertools.product(enumerate(leasts), enumerate(places)):
-        wanted = naive_candidate(lm, store, windows[w], at, least, left_out[w])
+    for n, (w, at) in enumerate(places):
+        wanted = naive_candidate(lm, store, windows[w], at, left_out[w])
         if wanted is None:
-            assert np.isnan(found.similarities[column, n])
+            assert np.isnan(found.similarities[n])
             n_none += 1
             continue
-        similarity, chunk = wanted
-        assert found.similarities[column, n] == pytest.approx(similarity, abs=1e-5)
-        assert found.chunk_lengths[column, n] == len(chunk)
-        cost = negative_log_likelihood(lm, windows[w][: at + 1], chunk)
-        assert found.costs[column, n] == pytest.approx(cost, abs=1e-3)
-    assert 0 < n_none < found.similarities.size
+        similarity, chunk, prob = wanted
+        assert found.similarities[n] == pytest.approx(similarity, abs=1e-5)
+        assert found.first_token_probs[n] == pytest.approx(prob, abs=1e-5)
+        assert found.chunk_lengths[n] == len(chunk)
+        assert found.costs[n] == pytest.approx(naive_cost(lm, windows[w][: at + 1], chunk, 0.7), abs=1e-3)
+    assert 0 < n_none < len(places)
 
 
 def random_candidates(rng: np.random.Generator) -> Candidates:
     lengths = [30, 1, 17]
+    n = sum(lengths)
     left = np.concatenate([np.arange(length, 0, -1) for length in lengths])
-    shape = 2, sum(lengths)
-    similarities = np.where(rng.random(shape) < 0.8, rng.uniform(-1, 1, shape), np.nan)
-    costs = rng.exponential(0.5, shape)
-    return Candidates(lengths, similarities, np.minimum(rng.integers(1, 5, shape), left), costs)
+    similarities = np.where(rng.random(n) < 0.8, rng.uniform(-1, 1, n), np.nan)
+    costs = rng.normal(0.3, 0.5, n)
+    return Candidates(lengths, similarities, rng.random(n), np.minimum(rng.integers(1, 5, n), left), costs)
 
 
-def walked(candidates: Candidates, column: int, theta: float) -> tuple[float, float]:
+def walked(candidates: Candidates, theta: float, least: float) -> tuple[float, float]:
     n_passes, nats, first = 0, 0.0, 0
     for length in candidates.lengths:
         at = first
         while at < first + length:
             n_passes += 1
-            if candidates.similarities[column, at] >= theta:
-                nats += candidates.costs[column, at]
-                at += int(candidates.chunk_lengths[column, at])
+            if candidates.similarities[at] >= theta and candidates.first_token_probs[at] >= least:
+                nats += candidates.costs[at]
+                at += int(candidates.chunk_lengths[at])
             else:
                 at += 1
         assert at == first + length, "chunks are cut at a window's end"
@@ -115,34 +137,37 @@ def walked(candidates: Candidates, column: int, theta: float) -> tuple[float, fl
     return 1 - n_passes / first, nats / first
 
 
-@pytest.mark.parametrize("max_cost", [0.0, 0.05, 0.2, 10.0])
+@pytest.mark.parametrize("max_cost", [1e-9, 0.05, 0.2, 10.0])
 def test_what_is_chosen_saves_most_of_all_that_cost_no_more(max_cost):
     candidates = random_candidates(np.random.default_rng(3))
-    leasts = (0.0, 0.5)
-    choice = choose(candidates, leasts, max_cost)
+    choice = choose(candidates, max_cost)
     assert choice.cost <= max_cost
-    if choice.saved:
-        column = leasts.index(choice.min_first_token_prob)
-        assert walked(candidates, column, choice.similarity_threshold) == pytest.approx((choice.saved, choice.cost))
-    else:
-        assert choice.similarity_threshold == 1.0
-    # Of every θ that tells proposals apart none that is allowed saves two points more than the best of the grid.
-    for column in range(2):
-        for theta in candidates.similarities[column][~np.isnan(candidates.similarities[column])]:
-            saved, cost = walked(candidates, column, float(theta))
+    assert choice.saved > 0
+    of_choice = choice.similarity_threshold, choice.min_first_token_prob
+    assert walked(candidates, *of_choice) == pytest.approx((choice.saved, choice.cost))
+    # Every θ that tells proposals apart, with every δ of the grid: those between the grid's θ save little more.
+    for theta in candidates.similarities[~np.isnan(candidates.similarities)]:
+        for least in calibration.MIN_FIRST_TOKEN_PROBS:
+            saved, cost = walked(candidates, float(theta), least)
             assert cost > max_cost or saved <= choice.saved + 0.05
-    assert (choice.saved > 0.1) == (max_cost >= 0.2)
 
 
-@pytest.mark.parametrize("least_cost", [0.1, 50.0])
-def test_no_loop_of_a_chunk_that_proposes_itself_gets_through(least_cost):
+def test_nothing_is_accepted_where_every_chunk_costs_too_much():
+    candidates = random_candidates(np.random.default_rng(3))
+    dear = replace(candidates, costs=np.full(len(candidates.costs), 5.0))
+    assert choose(dear, 0.01) == calibration.Choice(1.0, 1.0, 0.0, 0.0)
+    nothing = replace(candidates, similarities=np.full(len(candidates.costs), np.nan))
+    assert choose(nothing, 9.0).similarity_threshold == 1.0
+
+
+@pytest.mark.parametrize("max_cost", [0.1, 50.0])
+def test_no_loop_of_a_chunk_that_proposes_itself_gets_through(max_cost):
     """The datastore has nothing but runs of one token after itself, near every hidden state; whatever may be given away."""
     lm = tiny_lm("llama")
     newline, vectors = 9, np.eye(32)
     store = Datastore.of([trie(newline, [(vector, [newline] * 8) for vector in [*vectors, *-vectors]])], 32)
     windows = [CalibrationWindow(np.array([5, newline, 7, 8, newline, newline, newline, 3]))]
-    leasts = calibration.MIN_FIRST_TOKEN_PROBS
-    choice = choose(find_candidates(lm, store, windows, leasts), leasts, least_cost)
+    choice = choose(find_candidates(lm, store, windows, 1.0), max_cost)
     rule = Acceptance(
         choice.similarity_threshold, min_first_token_prob=choice.min_first_token_prob, reject_repeats=True
     )

@@ -1,12 +1,15 @@
 """Choosing θ and δ: the most forward passes saved at no more than a bounded cost (`--similarity_threshold auto`).
 
-Chunk mode's texts are not distributed as the LM's: an accepted chunk c is certain, where the LM gives it p(c). So each adds
--log p(c) to the Kullback-Leibler divergence of chunk mode's distribution from the LM's, and a token that is drawn adds
-nothing. Both, what is saved and what it costs, are estimated on a text that the datastore does not hold: the LM reads it
-once, the proposals of every position are found for all δ of a grid, and each window is walked through as chunk mode would,
-for every θ and δ. A text that is the datastore's own is read with the rows of each window left out.
+The cost of a chunk is by how much less likely the LM finds its tokens than those that it would draw in their places: with p
+the LM's distribution and p_T what is drawn from, the sum over its tokens of -log p(c) - H(p_T, p), where H(p_T, p) is the
+expectation of -log p under p_T. What is lost a token is so by how much the logarithm of the text's perplexity grows.
+
+Both, what is saved and what it costs, are estimated on a text that the datastore does not hold: the LM reads it once, the
+proposals of every position are found and read too, and each window is walked through as chunk mode would, for every θ and
+δ of a grid. A text that is the datastore's own is read with the rows of each window's passage left out.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +28,14 @@ from utils.files import InputError
 from utils.json_io import read_json
 from utils.lm.kv_cache import Block, make_kv_cache
 from utils.lm.model import CausalLM
-from utils.lm.scoring import log_probs_of, negative_log_likelihood, relative_probs, require_finite, score_windows
+from utils.lm.scoring import relative_probs, require_finite, score_windows
 from utils.manifest import read_finished
 from utils.progress import ProgressBar
 from utils.text.windows import WindowShape
 
 CHOSEN_THRESHOLD = "threshold.json"
-# A few thousand positions tell savings apart by a point; windows so long that most context is there.
-MAX_TOKENS, WINDOW_TOKENS = 4096, 256
+# Two thousand positions tell savings apart by a point; windows so long that most context is there.
+MAX_TOKENS, WINDOW_TOKENS = 2048, 256
 # Nodes of chunks that are read with their window in one pass.
 NODES_AT_ONCE = 256
 MIN_FIRST_TOKEN_PROBS = (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -50,7 +53,7 @@ class CalibrationWindow:
 
 @dataclass(frozen=True)
 class Choice:
-    """θ and δ, and what they are expected to bring: the share of forward passes saved, and nats given away a token."""
+    """θ and δ, and what they are expected to bring: the share of forward passes saved, and nats lost a token."""
 
     similarity_threshold: float
     min_first_token_prob: float
@@ -60,18 +63,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The proposals at the N positions of some windows, one after the other, for each of J values of δ; arrays (J, N)."""
+    """The proposals at the N positions of some windows, one after the other; arrays (N,)."""
 
     lengths: list[int]  # positions of each window
     similarities: np.ndarray  # NaN: nothing is proposed
+    first_token_probs: np.ndarray  # what the LM gives to the chunk's first token, relative to its likeliest
     chunk_lengths: np.ndarray  # cut at the window's end
-    costs: np.ndarray  # -log p of the chunk, nats
+    costs: np.ndarray  # of the chunk, nats
 
-    def walk(self, column: int, similarity_threshold: float) -> tuple[float, float]:
-        """The share of forward passes saved and the nats given away a token, at one δ and θ."""
-        accepted = self.similarities[column] >= similarity_threshold
-        steps = np.where(accepted, self.chunk_lengths[column], 1).astype(int).tolist()
-        costs = np.where(accepted, self.costs[column], 0.0).tolist()
+    def walk(self, similarity_threshold: float, min_first_token_prob: float) -> tuple[float, float]:
+        """The share of forward passes saved and the nats lost a token."""
+        accepted = (self.similarities >= similarity_threshold) & (self.first_token_probs >= min_first_token_prob)
+        steps = np.where(accepted, self.chunk_lengths, 1).astype(int).tolist()
+        costs = np.where(accepted, self.costs, 0.0).tolist()
         n_passes, cost, first = 0, 0.0, 0
         for length in self.lengths:
             at, end = first, first + length
@@ -84,20 +88,18 @@ class Candidates:
         return 1 - n_passes / n_tokens, cost / n_tokens
 
 
-def choose(candidates: Candidates, min_first_token_probs: Sequence[float], max_cost: float) -> Choice:
+def choose(candidates: Candidates, max_cost: float) -> Choice:
     """The θ and δ that save most at no more than max_cost nats a token; θ 1, which accepts nothing, where none saves."""
-    best = Choice(1.0, max(min_first_token_probs), 0.0, 0.0)
-    for column, least in enumerate(min_first_token_probs):
-        found = candidates.similarities[column]
-        found = found[~np.isnan(found)]
-        if not len(found):
-            continue
-        # Rounded down, so that the proposals at the quantile are accepted.
-        quantiles = np.quantile(found, np.linspace(0, 1, N_THRESHOLDS))
-        for theta in np.unique(np.floor(np.clip(quantiles, -1, 1) * 1000) / 1000).tolist():
-            saved, cost = candidates.walk(column, theta)
-            if cost <= max_cost and (saved, -cost) > (best.saved, -best.cost):
-                best = Choice(theta, least, saved, cost)
+    best = Choice(1.0, 1.0, 0.0, 0.0)
+    found = candidates.similarities[~np.isnan(candidates.similarities)]
+    if not len(found):
+        return best
+    # Rounded down, so that the proposals at the quantile are accepted.
+    quantiles = np.floor(np.clip(np.quantile(found, np.linspace(0, 1, N_THRESHOLDS)), -1, 1) * 1000) / 1000
+    for theta, least in itertools.product(np.unique(quantiles).tolist(), MIN_FIRST_TOKEN_PROBS):
+        saved, cost = candidates.walk(theta, least)
+        if cost <= max_cost and (saved, -cost) > (best.saved, -best.cost):
+            best = Choice(theta, least, saved, cost)
     return best
 
 
@@ -120,100 +122,103 @@ def find_candidates(
     lm: CausalLM,
     datastore: Datastore,
     windows: Sequence[CalibrationWindow],
-    min_first_token_probs: Sequence[float],
+    temperature: float,
     prefix_ids: Sequence[int] = (),
 ) -> Candidates:
-    """The proposals at every position of the windows, each of two tokens or more; prefix_ids: read before each, such as BOS.
+    """The proposals at every position of the windows.
 
-    Raises InputError where the model computes NaN or infinity.
+    temperature: at which the LM's tokens are drawn; prefix_ids: read before each window, such as BOS. Raises InputError
+    where the model computes NaN or infinity.
     """
     parts = [
-        _of_window(lm, datastore, window, min_first_token_probs, list(prefix_ids))
+        _of_window(lm, datastore, window, temperature, list(prefix_ids))
         for window in ProgressBar(windows, desc="choosing θ", unit="window")
     ]
-    return Candidates(
-        [part.shape[2] for part in parts],
-        *np.concatenate(parts, axis=2),
-    )
+    return Candidates([part.shape[1] for part in parts], *np.concatenate(parts, axis=1))
 
 
 def _of_window(
-    lm: CausalLM,
-    datastore: Datastore,
-    window: CalibrationWindow,
-    min_first_token_probs: Sequence[float],
-    prefix_ids: list[int],
+    lm: CausalLM, datastore: Datastore, window: CalibrationWindow, temperature: float, prefix_ids: list[int]
 ) -> np.ndarray:
-    """(3, J, L - 1): similarities, chunk lengths and costs."""
+    """(4, L - 1): similarities, probabilities of first tokens, chunk lengths and costs."""
     scores = score_windows(lm, window.token_ids[None], np.dtype(np.float32), prefix_ids, keep_logits=True)
     require_finite(0, 0, scores)
     assert scores.hidden_states is not None
     assert scores.logits is not None
     n_positions = len(window.token_ids) - 1
-    found = np.full((3, len(min_first_token_probs), n_positions), np.nan)
-    chosen: dict[tuple[int, int], list[tuple[int, float]]] = {}  # by position and row, for which δ, and how similar
+    found = np.full((4, n_positions), np.nan)
+    places, chunks = [], []
     for at in range(n_positions):
         trie = datastore.trie(int(window.token_ids[at]))
-        if trie is None:
+        nearest = (
+            None if trie is None else _nearest(trie, torch.from_numpy(scores.hidden_states[0, at]), window.left_out)
+        )
+        if trie is None or nearest is None:
             continue
-        query = torch.from_numpy(scores.hidden_states[0, at])
-        for column, row, similarity in _nearest_rows(
-            trie, query, scores.logits[0, at], window.left_out, min_first_token_probs
-        ):
-            chosen.setdefault((at, row), []).append((column, similarity))
-    chunks = []
-    for at, row in chosen:
-        trie = datastore.trie(int(window.token_ids[at]))
-        assert trie is not None
+        row, similarity = nearest
+        first_id = trie.first_ids[None, row : row + 1].to(scores.logits.device)
         chunks.append(trie.chunk(row)[: n_positions - at])
+        places.append(at)
+        found[:3, at] = similarity, float(relative_probs(scores.logits[0, at][None], first_id)), len(chunks[-1])
     text = [*prefix_ids, *window.token_ids.tolist()]
-    costs = chunk_costs(lm, text, [len(prefix_ids) + at + 1 for at, _ in chosen], chunks)
-    for ((at, _), columns), chunk, cost in zip(chosen.items(), chunks, costs, strict=True):
-        for column, similarity in columns:
-            found[:, column, at] = similarity, len(chunk), cost
+    found[3, places] = chunk_costs(lm, text, [len(prefix_ids) + at + 1 for at in places], chunks, temperature)
     return found
 
 
-def _nearest_rows(
-    trie: TokenTrie, query: Tensor, logits: Tensor, left_out: frozenset[int], min_first_token_probs: Sequence[float]
-) -> Iterator[tuple[int, int, float]]:
-    """Of each δ that leaves a row: its index, the nearest row and its similarity."""
-    norm = float(torch.linalg.vector_norm(query))
-    similarities = (trie.context_vectors @ query.to(trie.context_vectors.device)).cpu().numpy() / max(norm, 1e-30)
-    probs = relative_probs(logits[None], trie.first_ids[None].to(logits.device))[0].cpu().numpy()
-    if left_out:
-        similarities = np.where(np.isin(trie.windows, list(left_out)), -np.inf, similarities)
-    for column, least in enumerate(min_first_token_probs):
-        allowed = np.where(probs >= least, similarities, -np.inf)
-        row = int(allowed.argmax())
-        if np.isfinite(allowed[row]):
-            yield column, row, float(allowed[row])
+def _nearest(trie: TokenTrie, query: Tensor, left_out: frozenset[int]) -> tuple[int, float] | None:
+    """The most similar row that is of none of these windows; None where there is none."""
+    if not left_out:
+        return trie.index.nearest(query)
+    rows = np.flatnonzero(~np.isin(trie.windows, list(left_out)))
+    if not len(rows):
+        return None
+    vectors = trie.context_vectors[torch.from_numpy(rows).to(trie.context_vectors.device)]
+    similarities = vectors @ query.to(vectors.device) / torch.linalg.vector_norm(query).clamp_min(1e-30)
+    best = int(similarities.argmax())
+    return int(rows[best]), float(similarities[best])
 
 
 @torch.inference_mode()
-def chunk_costs(lm: CausalLM, text: list[int], ends: Sequence[int], chunks: Sequence[list[int]]) -> list[float]:
-    """-log p of each chunk in nats, after the first `end` tokens of a text; many in one pass where the model takes trees."""
+def chunk_costs(
+    lm: CausalLM, text: list[int], ends: Sequence[int], chunks: Sequence[list[int]], temperature: float
+) -> list[float]:
+    """The cost in nats of each chunk after the first `end` tokens of a text; many in one pass where the model takes trees.
+
+    temperature: of what is drawn from, 0 for the likeliest token.
+    """
     costs: list[float] = []
     cache = make_kv_cache(lm, 1, len(text) + NODES_AT_ONCE) if chunks else None
     for first, last in _groups([len(chunk) for chunk in chunks]):
         group = list(zip(ends[first:last], chunks[first:last], strict=True))
         if cache is None or not cache.takes_trees:
-            costs += [negative_log_likelihood(lm, text[:end], chunk) for end, chunk in group]
+            for end, chunk in group:
+                ids = torch.tensor([[*text[:end], *chunk[:-1]]], device=lm.device)
+                _, logits = lm.forward(ids, logits_to_keep=len(chunk))
+                costs.append(float(_excess_surprise(logits[0], chunk, temperature).sum()))
             continue
         token_ids, parents = list(text), list(range(-1, len(text) - 1))
-        before: list[int] = []  # of each node of a chunk, the node whose logits give its probability
         for end, chunk in group:
-            nodes = [end - 1, *range(len(token_ids), len(token_ids) + len(chunk) - 1)]
-            before += nodes
-            parents += nodes
+            parents += [end - 1, *range(len(token_ids), len(token_ids) + len(chunk) - 1)]
             token_ids += chunk
         cache.lengths[0] = 0
         _, (logits,) = cache.forward([Block(token_ids, parents)], keep_all=True)
-        targets = torch.tensor(token_ids[len(text) :], device=logits.device)
-        log_probs = log_probs_of(logits[before][None], targets[None])[0].double().cpu().numpy()
+        # The logits at a node's parent are those of the node.
+        excess = _excess_surprise(logits[parents[len(text) :]], token_ids[len(text) :], temperature)
         borders = np.cumsum([0, *(len(chunk) for _, chunk in group)])
-        costs += (-np.add.reduceat(log_probs, borders[:-1])).tolist()
+        costs += np.add.reduceat(excess, borders[:-1]).tolist()
     return costs
+
+
+def _excess_surprise(logits: Tensor, token_ids: list[int], temperature: float) -> np.ndarray:
+    """(n,) -log p(x) - H(p_T, p) of each token, float64; logits (n, V)."""
+    log_p = logits.float().log_softmax(dim=-1)
+    surprise = -log_p.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0]
+    if temperature == 0:
+        expected = -log_p.amax(dim=-1)
+    else:
+        # A token that the model rules out adds nothing, where 0 times infinity would add NaN.
+        expected = -((log_p / temperature).softmax(dim=-1) * log_p.clamp_min(-1e4)).sum(dim=-1)
+    return (surprise - expected).double().cpu().numpy()
 
 
 def _groups(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:

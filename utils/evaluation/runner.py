@@ -22,7 +22,6 @@ from utils.decoding.retriever import Retriever
 from utils.decoding.types import Generation, Request
 from utils.evaluation.calibration import (
     CHOSEN_THRESHOLD,
-    MIN_FIRST_TOKEN_PROBS,
     Choice,
     choose,
     find_candidates,
@@ -281,6 +280,7 @@ class Evaluation:
             "max_rows": datastore.max_rows,
             "text": None if auto.text is None else file_fingerprint(auto.text),
             "max_cost": auto.max_cost,
+            "temperature": self._drawing["temperature"],
             "dtype": self._settings.model.dtype,
         }
         choice = read_choice(path, inputs)
@@ -302,8 +302,9 @@ class Evaluation:
             windows = windows_of_datastore(trie_folder, n_tokens)
         else:
             windows = windows_of_text(auto.text, self._tokenizer, n_tokens, self._settings.save_dir)
-        found = find_candidates(self._lm, self._datastore, windows, MIN_FIRST_TOKEN_PROBS, prefix_ids)
-        return choose(found, MIN_FIRST_TOKEN_PROBS, auto.max_cost)
+        temperature = self._drawing["temperature"]
+        found = find_candidates(self._lm, self._datastore, windows, temperature, prefix_ids)
+        return choose(found, auto.max_cost)
 
     def _fit(self, path: Path) -> None:
         save_dir = self._settings.save_dir
