@@ -91,13 +91,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--min_first_token_prob",
         type=Range(float, least=0, most=1),
         default=0.0,
-        help="δ in [0, 1]: accept a chunk only where the LM gives its first token at least this share of what it gives"
-        " its likeliest token; 0, the paper's rule, does not ask the LM",
+        help="δ in [0, 1]: only chunks may be proposed to whose first token the LM gives at least this share of what it"
+        " gives its likeliest token; 0, the paper's rule, does not ask the LM",
     )
     parser.add_argument(
         "--reject_repeats",
         action="store_true",
         help="accept no chunk with which the text would end in the same 2 to 32 tokens twice in a row",
+    )
+    parser.add_argument(
+        "--min_chunk_length",
+        type=POSITIVE_INT,
+        metavar="N",
+        help="leave out shorter chunks, in tokens; one of 1 saves no forward pass (default: 2 where θ is auto, else 1)",
     )
     parser.add_argument(
         "--neighbors",
@@ -192,6 +198,7 @@ def refuse_idle_flags(parser: StageParser, args: argparse.Namespace) -> None:
         names = ("sweep_similarity_threshold", "perplexity_window", "max_windows", "perplexity_batch_size", "no_bos")
         parser.refuse_flags(args, names, "is about texts, so it needs --perplexity_file or --fit_acceptance")
     if args.gen_baseline_only:
+        parser.refuse_flags(args, ("min_chunk_length",), "is about a datastore, which is not read here")
         parser.refuse_flags(args, ("decoding",), "says nothing with --gen_baseline_only, which proposes nothing")
     if args.decoding == "chunk" or args.gen_baseline_only:
         names = ("draft_shape", "max_draft_tokens", "draft_neighbors", "draft_temperature", "live", "draft_growth")
@@ -339,6 +346,7 @@ def settings_of(
             tok_prob_threshold=args.tok_prob_threshold,
             excluded=excluded,
             max_rows=args.huge_trie_rows if args.exclude_huge_token_tries else None,
+            min_chunk_length=args.min_chunk_length or (2 if args.similarity_threshold == AUTO else 1),
             max_bytes=int(args.trie_cache_gb * 1e9),
             move_to_device=args.move_trie_to_gpu,
             reprocess=not args.no_reprocessing,

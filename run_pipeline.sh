@@ -12,13 +12,13 @@ root=$(dirname "$self")
 here=$root/
 here=${here#./}
 
-# The embedded example. γ and θ suit its models; θ says little about others (eval.py shows the distribution it cuts).
+# γ suits the embedded example's models; θ says little about others, so eval.py chooses it.
 dataset=
 model_ds=
 model_gen=
 partition=train
 tok_prob_threshold=0.1
-similarity_threshold=0.9
+similarity_threshold=auto
 max_new_tokens=100
 temperature=0.7
 output_dir=
@@ -68,9 +68,12 @@ Generation
   --prompt_file FILE         prompts (default: examples/prompts.json for python-docs, else cut from the test split)
   --prompt_template TEXT     put around each prompt, which {prompt} in it stands for (default: none)
   --chat                     wrap prompts in the tokenizer's chat template
-  --similarity_threshold θ   in [-1, 1]: cosine similarity from which a chunk is accepted (default: $similarity_threshold)
+  --similarity_threshold θ   in [-1, 1]: cosine similarity from which a chunk is accepted (default: $similarity_threshold,
+                             which chooses θ and δ by the validation split, or where that is empty by the datastore's own
+                             text)
+  --max_cost NATS            what auto may lose a token of the text's likelihood under the model (default: eval.py's)
   --min_first_token_prob δ   in [0, 1]: share of the LM's likeliest token that the LM must give a chunk's first token
-                             (default: 0, which does not ask the LM)
+                             (default: 0, which does not ask the LM; needs a θ)
   --reject_repeats           accept no chunk with which the text would repeat its last tokens
   --acceptance NAME          threshold or bernoulli (default: threshold)
   --max_new_tokens N         per prompt (default: $max_new_tokens)
@@ -130,7 +133,7 @@ parse_flags() {
         --max_chunk_length | --skip_first_tokens) chunk_flags+=("$1" "$value") ;;
         --chunk_source) chunk_source=$value ;;
         --max_workers) trie_flags+=("$1" "$value") ;;
-        --prompt_template | --min_first_token_prob | --acceptance | --top_k | --top_p | --seed | --report)
+        --prompt_template | --min_first_token_prob | --max_cost | --acceptance | --top_k | --top_p | --seed | --report)
             eval_flags+=("$1" "$value")
             ;;
         --input_files) ;;
@@ -229,6 +232,9 @@ stage_5() {
     command=(eval.py --model_path "$model_gen" --token_trie_dir "$output_dir/tries" --dataset "$dataset")
     command+=("${labels[@]}" --prompt_file "$prompt_file" --save_dir "$save_dir")
     command+=(--similarity_threshold "$similarity_threshold" --max_new_tokens "$max_new_tokens")
+    if [[ $similarity_threshold == auto ]] && grep -qs '"text"' "$output_dir/data/validation.json"; then
+        command+=(--threshold_text "$output_dir/data/validation.json")
+    fi
     command+=(--temperature "$temperature" --compare_baseline "${eval_flags[@]}" "${model_flags[@]}" "${cache_flags[@]}")
 }
 

@@ -8,10 +8,8 @@ Run     python benchmarks/plots.py perplexity.json retrieval.json --output_dir b
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +49,6 @@ STYLE: Any = {
 }
 WIDTH, HEIGHT = 4.2, 3.0  # inches, of one panel
 
-# A row of the table of efficiency, as it is named there.
-SETTING = re.compile(r"(γ \S+), θ ([^\s,]+)(, .+)?")
 BUILD_STAGES = {"stage 3": "3, chunks", "stage 4": "4, context vectors", "flattening": "5, flattening"}
 
 Point = tuple[float, float, float, float]  # place, value, lower, upper
@@ -114,7 +110,7 @@ def drawing_of(path: Path, document: Any) -> Callable[[Any], "Figure"]:
         ({"base", "cdlm"}, document, draw_perplexity),
         ({"runs"}, document, draw_summary),
         ({"gammas", "thetas"}, results, draw_sensitivity),
-        ({"rows", "datastore_rows"}, results, draw_efficiency),
+        ({"rows", "settings"}, results, draw_efficiency),
         ({"cases", "copy_bytes_per_second"}, results, draw_retrieval),
         ({"sizes"}, results, draw_build),
     ):
@@ -123,10 +119,10 @@ def drawing_of(path: Path, document: Any) -> Callable[[Any], "Figure"]:
     raise InputError(f"{path}: is of no kind that is plotted; give a file of eval.py or of a benchmark (see --help)")
 
 
-def panels(n: int, width: float = WIDTH) -> tuple["Figure", Sequence["Axes"]]:
+def panels(n: int, width: float = WIDTH, height: float = HEIGHT) -> tuple["Figure", Sequence["Axes"]]:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, n, figsize=(n * width, HEIGHT), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(1, n, figsize=(n * width, height), layout="constrained", squeeze=False)
     return figure, axes[0]
 
 
@@ -224,32 +220,27 @@ def draw_summary(document: Mapping[str, Any]) -> "Figure":
 
 
 def draw_efficiency(document: Mapping[str, Any]) -> "Figure":
-    """FPS, TTS and how like the baseline the text is against θ, for each γ and δ; mean over seeds with 95% intervals."""
-    rows = document["results"]["rows"]
-    curves: dict[str, dict[float, Any]] = {}
-    for name, row in rows.items():
-        if setting := SETTING.fullmatch(name):
-            curves.setdefault(setting[1] + (setting[3] or ""), {})[float(setting[2])] = row
-    figure, axes = panels(3, width=3.4)
+    """Heat maps over θ for each γ and δ: passes saved, perplexity to the baseline's, repeated 4-grams; means over seeds."""
+    results = document["results"]
+    of_grid = {name: setting for name, setting in results["settings"].items() if setting["auto"] is None}
+    thetas = sorted({setting["similarity_threshold"] for setting in of_grid.values()})
+    rules: dict[str, dict[float, Any]] = {}
+    for name, setting in of_grid.items():
+        repeats = ",\nno repeats" if setting["reject_repeats"] else ""
+        rule = f"γ {setting['gamma']:g}, δ {setting['min_first_token_prob']:g}{repeats}"
+        rules.setdefault(rule, {})[setting["similarity_threshold"]] = results["rows"][name]
+    figure, axes = panels(3, width=4.0, height=max(HEIGHT, 0.35 * len(rules) + 1))
     columns = (
-        ("fps", 100.0, "forward passes saved (%)"),
-        ("tts", 100.0, "time per token saved (%)"),
-        ("rouge_l", 1.0, "ROUGE-L with the plain text"),
+        ("fps", 100.0, "forward passes saved (%)", "{:.0f}", "YlGnBu"),
+        ("perplexity_ratio", 1.0, "perplexity / the plain text's", "{:.2f}", "YlOrRd"),
+        ("repeated", 100.0, "repeated 4-grams (%)", "{:.0f}", "YlOrRd"),
     )
-    for panel, (key, scale, label) in zip(axes, columns, strict=True):
-        for (chosen, by_theta), colour in zip(sorted(curves.items()), cycle(COLOURS), strict=False):
-            points = [
-                (theta, *(scale * row[key][end] for end in ("value", "lower", "upper")))
-                for theta, row in by_theta.items()
-            ]
-            curve(panel, points, f"chunks at {chosen}", colour)
-        if key == "rouge_l":
-            level(panel, rows["baseline, next seed"][key]["value"], "", INK)
-        else:
-            level(panel, 0.0, "LM alone (right: another seed)", INK)
-        panel.set_title(label)
-        panel.set_xlabel("θ")
-    legend_below(figure, axes[0])
+    for panel, (key, scale, label, form, colours) in zip(axes, columns, strict=True):
+        values = [
+            [scale * by_theta[theta][key]["value"] if theta in by_theta else float("nan") for theta in thetas]
+            for by_theta in rules.values()
+        ]
+        heat_map(panel, list(rules), [f"{theta:g}" for theta in thetas], values, label, form, colours)
     return figure
 
 
@@ -268,14 +259,15 @@ def draw_sensitivity(document: Mapping[str, Any]) -> "Figure":
     ]
     percent = [[100 * value for value in row] for row in results["fps"]]
     columns = [*thetas, "best\nq", "fitted"]
-    heat_map(perplexity, results["gammas"], columns, ratios, "perplexity / the LM's", "{:.2f}", "YlOrRd", is_log=True)
-    heat_map(saved, results["gammas"], thetas, percent, "forward passes saved (%)", "{:.0f}", "YlGnBu")
+    gammas = [f"γ {gamma:g}" for gamma in results["gammas"]]
+    heat_map(perplexity, gammas, columns, ratios, "perplexity / the LM's", "{:.2f}", "YlOrRd", is_log=True)
+    heat_map(saved, gammas, thetas, percent, "forward passes saved (%)", "{:.0f}", "YlGnBu")
     return figure
 
 
 def heat_map(
     axes: "Axes",
-    gammas: Sequence[float],
+    rows: Sequence[str],
     columns: Sequence[str],
     values: Sequence[Sequence[float]],
     title: str,
@@ -283,20 +275,21 @@ def heat_map(
     colours: str,
     is_log: bool = False,
 ) -> None:
-    """values: of each column, of each γ. Every cell says its number, in black or white, whichever can be read on it."""
+    """values: of each column, of each row, NaN for none. A cell says its number, in black or white, whichever can be read."""
     import numpy as np
     from matplotlib.colors import LogNorm
 
     table = np.array(values)
     image = axes.imshow(table, aspect="auto", cmap=colours, norm=LogNorm() if is_log else None)
     for (row, column), value in np.ndenumerate(table):
+        if np.isnan(value):
+            continue
         red, green, blue, _ = image.cmap(image.norm(value))
         ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
         axes.text(column, row, form.format(value), ha="center", va="center", color=ink, fontsize=8)
     axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(gammas)), [f"{gamma:g}" for gamma in gammas])
+    axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel("θ")
-    axes.set_ylabel("γ")
     axes.set_title(title)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)

@@ -47,6 +47,7 @@ from benchmarks.paper.generating import (
 )
 from utils.cli import COSINE, Parser, Range, run_script
 from utils.datastore.store import Datastore
+from utils.decoding.acceptance import Acceptance
 from utils.decoding.draft import DraftSettings, RetrievalDrafter
 from utils.decoding.loop import Decoding
 from utils.decoding.types import Generation
@@ -110,7 +111,8 @@ def ways(asking: Asking, datastore: Datastore, thresholds: Sequence[float]) -> d
         return replace(asking.decoding(), drafter=RetrievalDrafter(datastore, DraftSettings()))
 
     chunks = {
-        f"chunk, θ {threshold:g}": partial(asking.chunk_mode, datastore, threshold) for threshold in sorted(thresholds)
+        f"chunk, θ {threshold:g}": partial(asking.chunk_mode, datastore, Acceptance(threshold))
+        for threshold in sorted(thresholds)
     }
     return {BASELINE: asking.decoding} | chunks | {VERIFY: verify}
 

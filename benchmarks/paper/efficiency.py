@@ -5,12 +5,13 @@ prompts are asked again with other seeds, plainly and with chunks at several θ,
 
 FPS       1 - forward passes / new tokens
 TTS       1 - seconds per new token / the baseline's, prompt and retrieval included, of the same seed
-ROUGE-L   F1 of the longest common subsequence of words with the baseline's text of the same prompt and seed, mean over
-          prompts; "baseline, next seed" is how alike two samples of the model itself are
+ROUGE-L   F1 of the longest common subsequence of words with the baseline's texts of the same prompt and the other seeds,
+          mean over these and prompts; the baseline's own is how alike two samples of the model itself are
 perplexity   of the new tokens under the base LM, exp(total nats / total tokens), and its ratio to the baseline's
 repeated     mean share of a text's 4-grams of tokens that stand earlier in it
 
 δ is the least probability of a chunk's first token under the LM, relative to its likeliest token's; 0 is the paper's rule.
+"auto" is what eval.py --similarity_threshold auto chooses at a cost, by the datastore's own text.
 Each figure is of one seed's texts; the mean over seeds is printed with Student's 95% interval.
 
 Run     python benchmarks/paper/efficiency.py --output efficiency.json
@@ -18,8 +19,7 @@ Run     python benchmarks/paper/efficiency.py --output efficiency.json
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -48,15 +48,15 @@ from benchmarks.paper.generating import (
 )
 from benchmarks.paper.rouge import require_rouge, rouge_l
 from utils.cli import COSINE, POSITIVE_INT, Parser, Range, run_script
-from utils.datastore.store import Datastore
-from utils.decoding.loop import Decoding
+from utils.datastore.store import Datastore, reads_bos
+from utils.decoding.acceptance import Acceptance
 from utils.decoding.types import Generation
+from utils.evaluation.calibration import choose, find_candidates, window_tokens, windows_of_datastore
 from utils.files import file_fingerprint, make_folder
 from utils.json_io import write_json
 from utils.text.corpora import split_path
-from utils.text.prompts import read_prompts
+from utils.text.prompts import added_tokens, read_prompts
 
-OTHER_SEED = "baseline, next seed"
 # The answers are windows of their own, each with its prompt in front as when it is asked again: no token is context only.
 SKIP_FIRST_TOKENS = 0
 HEADER = (
@@ -115,7 +115,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="δ",
         help="shares of the LM's likeliest token that a chunk's first token needs",
     )
-    parser.add_argument("--reject_repeats", action="store_true", help="also with chunks rejected that repeat the text")
+    parser.add_argument("--reject_repeats", action="store_true", help="accept no chunk that repeats the text")
+    parser.add_argument(
+        "--min_chunk_length", type=POSITIVE_INT, default=1, help="of the chunks that may be proposed, in tokens"
+    )
+    parser.add_argument(
+        "--max_costs",
+        type=Range(float, above=0),
+        nargs="+",
+        default=[],
+        metavar="NATS",
+        help="also with θ and δ chosen at these costs a token",
+    )
     parser.add_argument("--output", type=Path, help="JSON file of all results")
     return parser.parse_args(argv)
 
@@ -127,11 +138,16 @@ def main(argv: list[str] | None = None) -> None:
     work = work.of_models(work.model_gen, work.model_gen)
     asking = Asking.of(args, work)
     text = answers(args, work)
-    datastores = {
-        gamma: open_whole(text.tries(gamma, skip_first_tokens=SKIP_FIRST_TOKENS), asking.lm)
+    folders = {
+        gamma: text.tries(gamma, skip_first_tokens=SKIP_FIRST_TOKENS)
         for gamma in sorted(set(args.tok_prob_thresholds), reverse=True)
     }
-    generations = asking.generate({BASELINE: asking.decoding} | ways(asking, datastores))
+    datastores = {gamma: open_whole(folder, asking.lm, args.min_chunk_length) for gamma, folder in folders.items()}
+    settings = grid(args) + [
+        setting for gamma in datastores for setting in chosen(asking, gamma, folders[gamma], datastores[gamma])
+    ]
+    ways = {each.name: partial(asking.chunk_mode, datastores[each.gamma], each.acceptance) for each in settings}
+    generations = asking.generate({BASELINE: asking.decoding} | ways)
     rows = figures(asking, generations)
     print(table(HEADER, [cells(name, row, COLUMNS) for name, row in rows.items()]))
     n_rows = {f"{gamma:g}": sum(datastore.n_rows.values()) for gamma, datastore in datastores.items()}
@@ -139,11 +155,18 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"\n{len(asking.prompts)} prompts, {len(args.seeds)} seeds, at most {args.max_new_tokens} tokens each, ", end=""
     )
-    print(f"temperature {args.temperature:g}; datastores of {args.n_answers} answers a prompt: {shown}")
+    chunks = (
+        f"chunks of {args.min_chunk_length} tokens or more" if args.min_chunk_length > 1 else "chunks of any length"
+    )
+    print(f"temperature {args.temperature:g}; datastores of {args.n_answers} answers a prompt: {shown}; {chunks}")
     print(", ".join(f"{name} {value}" for name, value in hardware(asking.lm.device).items()))
     if args.output is not None:
         named = {name: {key: asdict(figure) for key, figure in row.items()} for name, row in rows.items()}
-        write_results(args.output, asking.lm.device, argv, {"rows": named, "datastore_rows": n_rows})
+        described = {
+            each.name: {"gamma": each.gamma, "auto": each.max_cost} | asdict(each.acceptance) for each in settings
+        }
+        results = {"rows": named, "settings": described, "datastore_rows": n_rows}
+        write_results(args.output, asking.lm.device, argv, results)
 
 
 def answers(args: argparse.Namespace, work: Work) -> Work:
@@ -158,21 +181,55 @@ def answers(args: argparse.Namespace, work: Work) -> Work:
     flags += ["--seed", max(args.seeds) + 1, "--save_dir", work.folder / "scd" / "answers", "--overwrite"]
     run_stage("eval.py", *flags, "--save_as_corpus", corpus)
     name = f"scd/{file_fingerprint(split_path(corpus, 'train'))[:12]}"
-    return replace(work.of_text(corpus, name), dataset="answers", partition="train", window_flags=("--min_length", "1"))
+    window_flags = (*work.window_flags, "--min_length", "1")
+    return replace(work.of_text(corpus, name), dataset="answers", partition="train", window_flags=window_flags)
 
 
-def ways(asking: Asking, datastores: dict[float, Datastore]) -> dict[str, Callable[[], Decoding]]:
+@dataclass(frozen=True)
+class Setting:
+    """A datastore's γ and how its chunks are accepted; max_cost: at which that was chosen, None for one of the grid."""
+
+    gamma: float
+    acceptance: Acceptance
+    max_cost: float | None = None
+
+    @property
+    def name(self) -> str:
+        rule, chosen_at = self.acceptance, self.max_cost
+        least = f", δ {rule.min_first_token_prob:g}" if rule.min_first_token_prob else ""
+        if chosen_at is not None:
+            return f"γ {self.gamma:g}, auto {chosen_at:g} (θ {rule.similarity_threshold:g}{least})"
+        repeats = ", no repeats" if rule.reject_repeats else ""
+        return f"γ {self.gamma:g}, θ {rule.similarity_threshold:g}{least}{repeats}"
+
+
+def grid(args: argparse.Namespace) -> list[Setting]:
     """Chunk mode at each γ, δ and θ."""
-    args = asking.args
-    rules = [(least, False) for least in sorted(set(args.min_first_token_probs))]
-    rules += [(least, True) for least, _ in rules if args.reject_repeats]
-    found: dict[str, Callable[[], Decoding]] = {}
-    for gamma, datastore in datastores.items():
-        for least, reject_repeats in rules:
-            for theta in sorted(set(args.similarity_thresholds)):
-                name = f"γ {gamma:g}, θ {theta:g}" + (f", δ {least:g}" if least else "")
-                name += ", no repeats" if reject_repeats else ""
-                found[name] = partial(asking.chunk_mode, datastore, theta, least, reject_repeats)
+    return [
+        Setting(gamma, Acceptance(theta, min_first_token_prob=least, reject_repeats=args.reject_repeats))
+        for gamma in sorted(set(args.tok_prob_thresholds), reverse=True)
+        for least in sorted(set(args.min_first_token_probs))
+        for theta in sorted(set(args.similarity_thresholds))
+    ]
+
+
+def chosen(asking: Asking, gamma: float, trie_folder: Path, datastore: Datastore) -> list[Setting]:
+    """What auto chooses for a datastore, at each cost."""
+    costs, lm = sorted(set(asking.args.max_costs)), asking.lm
+    if not costs:
+        return []
+    prefix_ids = added_tokens(asking.tokenizer)[0] if reads_bos(trie_folder) else []
+    windows = windows_of_datastore(trie_folder, window_tokens(lm.n_positions, len(prefix_ids)))
+    candidates = find_candidates(lm, datastore, windows, asking.args.temperature, prefix_ids)
+    found = []
+    for max_cost in costs:
+        choice = choose(candidates, max_cost)
+        rule = Acceptance(
+            choice.similarity_threshold, min_first_token_prob=choice.min_first_token_prob, reject_repeats=True
+        )
+        found.append(Setting(gamma, rule, max_cost))
+        expected = f"{choice.saved:.1%} of the passes at {choice.cost:.3f} nats a token"
+        print(f"{found[-1].name}, expected: {expected}")
     return found
 
 
@@ -181,30 +238,28 @@ def ways(asking: Asking, datastores: dict[float, Datastore]) -> dict[str, Callab
 
 def figures(asking: Asking, generations: Generations) -> dict[str, dict[str, OverSeeds]]:
     """By way, each figure by its name."""
-    seeds = asking.args.seeds
     baseline = generations[BASELINE]
-    by_way = {
-        name: [of_seed(asking, runs[seed], baseline[seed], name) for seed in seeds]
+    return {
+        name: figures_over_seeds([of_seed(asking, runs[seed], baseline, seed, name) for seed in asking.args.seeds])
         for name, runs in generations.items()
     }
-    following = [*seeds[1:], seeds[0]]
-    alike = [{"rouge_l": mean_rouge(asking, baseline[b], baseline[a])} for a, b in zip(seeds, following, strict=True)]
-    by_way = {BASELINE: by_way.pop(BASELINE), OTHER_SEED: alike} | by_way
-    return {name: figures_over_seeds(values) for name, values in by_way.items()}
 
 
-def of_seed(asking: Asking, texts: list[Generation], baseline: list[Generation], name: str) -> dict[str, float]:
+def of_seed(
+    asking: Asking, texts: list[Generation], baseline: dict[int, list[Generation]], seed: int, name: str
+) -> dict[str, float]:
+    """The figures of one seed's texts; baseline: its texts by seed."""
+    rouge = [mean_rouge(asking, texts, others) for other, others in baseline.items() if other != seed]
     found = {"perplexity": perplexity_under(asking.lm, texts), "repeated": repeated_ngrams(texts)}
-    found |= {"tokens_per_second": 1 / seconds_per_token(texts)}
+    found |= {"rouge_l": float(np.mean(rouge)), "tokens_per_second": 1 / seconds_per_token(texts)}
     if name == BASELINE:
         return found
     chunks = [chunk for each in texts for chunk in each.chunks]
     n_proposals = sum(len(each.trace.proposals) for each in texts if each.trace)
     return found | {
         "fps": forward_passes_saved(texts),
-        "tts": 1 - seconds_per_token(texts) / seconds_per_token(baseline),
-        "rouge_l": mean_rouge(asking, texts, baseline),
-        "perplexity_ratio": found["perplexity"] / perplexity_under(asking.lm, baseline),
+        "tts": 1 - seconds_per_token(texts) / seconds_per_token(baseline[seed]),
+        "perplexity_ratio": found["perplexity"] / perplexity_under(asking.lm, baseline[seed]),
         "from_chunks": share_from_chunks(texts),
         "chunk_length": float(np.mean([len(chunk.token_ids) for chunk in chunks])) if chunks else 0.0,
         "accepted": len(chunks) / n_proposals if n_proposals else 0.0,

@@ -125,17 +125,8 @@ class Asking:
             sampler, eos_token_ids(self.lm.model.generation_config, self.tokenizer), batch_size=args.prompt_batch_size
         )
 
-    def chunk_mode(
-        self,
-        datastore: Datastore,
-        similarity_threshold: float,
-        min_first_token_prob: float = 0.0,
-        reject_repeats: bool = False,
-    ) -> Decoding:
-        """With chunks that are accepted from a similarity on, and by the rules beyond the paper's."""
-        acceptance = Acceptance(
-            similarity_threshold, min_first_token_prob=min_first_token_prob, reject_repeats=reject_repeats
-        )
+    def chunk_mode(self, datastore: Datastore, acceptance: Acceptance) -> Decoding:
+        """With chunks of a datastore."""
         return replace(self.decoding(), retriever=Retriever(datastore, acceptance))
 
     def generate(self, ways: Mapping[str, Callable[[], Decoding]]) -> Generations:
@@ -171,9 +162,9 @@ class Asking:
         return str(self.tokenizer.decode(generation.new_token_ids, skip_special_tokens=True))
 
 
-def open_whole(trie_folder: Path, lm: CausalLM) -> Datastore:
+def open_whole(trie_folder: Path, lm: CausalLM, min_chunk_length: int = 1) -> Datastore:
     """A datastore with all its tries in memory, on the model's device."""
-    datastore = open_datastore(trie_folder, device=lm.device, max_bytes=2**63)
+    datastore = open_datastore(trie_folder, device=lm.device, max_bytes=2**63, min_chunk_length=min_chunk_length)
     datastore.load_all()
     return datastore
 

@@ -101,7 +101,7 @@ def perplexities(reader: Reader, lm: CausalLM, datastore: Datastore, thetas: Seq
 
 def generated(asking: Asking, datastore: Datastore, thetas: Sequence[float]) -> dict[str, list[float]]:
     """One γ: chunk mode at each θ."""
-    ways = {f"{theta}": partial(asking.chunk_mode, datastore, theta) for theta in thetas}
+    ways = {f"{theta}": partial(asking.chunk_mode, datastore, Acceptance(theta)) for theta in thetas}
     by_theta = [list(of_seeds.values()) for of_seeds in asking.generate(ways).values()]
     fps = [over_seeds([forward_passes_saved(texts) for texts in of_seeds]) for of_seeds in by_theta]
     return {

@@ -1,6 +1,9 @@
 """The pure parts of the paper's tables of generated text, and where their datastores lie."""
 
 import argparse
+import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -125,20 +128,50 @@ def test_only_chunks_take_a_text_away_from_the_lms_distribution(asking: Asking) 
     assert rows["chunk, θ -1"]["fps"].value > 0 == rows[BASELINE]["fps"].value
 
 
-def test_efficiency_is_compared_with_the_baseline_of_the_same_seed(asking: Asking) -> None:
+def test_efficiency_is_compared_with_the_baselines_of_its_prompt(asking: Asking) -> None:
     datastore = datastore_near_text(asking.lm, asking.prompts, 8, wrong=True)
     vars(asking.args).update(similarity_thresholds=[1.0, -1.0], min_first_token_probs=[0.0, 1.0], reject_repeats=False)
-    ways = {BASELINE: asking.decoding} | efficiency.ways(asking, {0.5: datastore})
-    rows = efficiency.figures(asking, asking.generate(ways))
+    vars(asking.args).update(tok_prob_thresholds=[0.5])
+    settings = efficiency.grid(asking.args)
+    ways = {each.name: partial(asking.chunk_mode, datastore, each.acceptance) for each in settings}
+    generations = asking.generate({BASELINE: asking.decoding} | ways)
+    rows = efficiency.figures(asking, generations)
     gated = ["γ 0.5, θ -1, δ 1", "γ 0.5, θ 1, δ 1"]
-    assert list(rows) == [BASELINE, efficiency.OTHER_SEED, "γ 0.5, θ -1", "γ 0.5, θ 1", *gated]
-    assert (rows["γ 0.5, θ 1"]["rouge_l"].value, rows["γ 0.5, θ 1"]["fps"].value) == (1, 0)
+    assert list(rows) == [BASELINE, "γ 0.5, θ -1", "γ 0.5, θ 1", *gated]
+    # Accepting nothing is the baseline: as alike to its other samples as it is itself.
+    assert rows["γ 0.5, θ 1"]["rouge_l"] == rows[BASELINE]["rouge_l"]
+    assert rows["γ 0.5, θ 1"]["fps"].value == 0
     assert rows["γ 0.5, θ 1"]["perplexity"] == rows[BASELINE]["perplexity"]
-    assert rows[efficiency.OTHER_SEED]["rouge_l"].value < 1
+    baseline = generations[BASELINE]
+    alike = efficiency.mean_rouge(asking, baseline[0], baseline[1])
+    assert rows[BASELINE]["rouge_l"].value == pytest.approx(alike)
+    assert alike < 1
     assert rows["γ 0.5, θ -1"]["fps"].value > 0
     assert rows["γ 0.5, θ -1"]["chunk_length"].value > 1
     assert rows["γ 0.5, θ -1, δ 1"]["accepted"].value < rows["γ 0.5, θ -1"]["accepted"].value == 1
     assert rows["γ 0.5, θ -1, δ 1"]["perplexity"].value < rows["γ 0.5, θ -1"]["perplexity"].value
+
+
+def test_the_table_of_efficiency_has_a_row_for_what_auto_chooses(
+    gpt2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_stage: Callable[..., None], capsys
+) -> None:
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(["The quick brown fox", "def add(a, b):"]))
+    for module in (datastores, efficiency):
+        monkeypatch.setattr(module, "run_script" if module is datastores else "run_stage", run_stage)
+    models = ["--model_ds", gpt2_folder, "--model_gen", gpt2_folder, "--device", "cpu", "--work", tmp_path / "work"]
+    models += ["--chunk_size", 64, "--stride", 48]
+    sizes = ["--prompt_file", prompts, "--max_new_tokens", 30, "--n_answers", 2, "--seeds", 0, 1]
+    flags = ["--tok_prob_thresholds", 0.001, "--similarity_thresholds", 0.5, "--max_costs", 5, "--min_chunk_length", 2]
+    efficiency.main([str(flag) for flag in (*models, *sizes, *flags, "--output", tmp_path / "table.json")])
+    results = json.loads((tmp_path / "table.json").read_text())["results"]
+    (auto,) = (name for name in results["rows"] if "auto 5" in name)
+    assert list(results["rows"]) == [BASELINE, "γ 0.001, θ 0.5", auto]
+    assert results["rows"][auto]["from_chunks"]["value"] > 0
+    assert results["settings"][auto]["auto"] == 5
+    assert results["settings"][auto]["reject_repeats"]
+    assert f"θ {results['settings'][auto]['similarity_threshold']:g}" in auto
+    assert f"{auto}, expected: " in capsys.readouterr().out
 
 
 def test_repeated_ngrams_are_those_that_stand_earlier_in_the_text() -> None:

@@ -47,15 +47,17 @@ def naive(
             n_forward += 1
             query = hidden_states[0, -1].double()
             best, found = -math.inf, None
+            probs = logits[0, -1].double().softmax(-1)
             token_trie = store.trie(text[-1])
             for row in range(len(token_trie.windows)) if token_trie else ():
                 assert token_trie is not None
+                if float(probs[token_trie.chunk(row)[0]]) < delta * float(probs.max()) * (1 - 1e-6):
+                    continue
                 vector = token_trie.context_vectors[row].double()
                 similarity = float(query @ vector / query.norm())
                 if similarity > best:
                     best, found = similarity, token_trie.chunk(row)
-            probs = logits[0, -1].double().softmax(-1)
-            accepted = found and best >= theta and theta < 1 and float(probs[found[0]]) >= delta * float(probs.max())
+            accepted = found and best >= theta and theta < 1
             if accepted and reject_repeats:
                 accepted = not repeats(text + found)
             emitted = found if found and accepted else [int(logits[0, -1].argmax())]
@@ -88,15 +90,14 @@ def test_chunk_mode_equals_a_naive_decoder_token_for_token(lm, theta, batch_size
 
 
 def require_naive(lm: CausalLM, got: list[Generation], store: Datastore, **rules: Any) -> None:
-    """Fail where 25 new tokens of PROMPTS at θ 0.5 are not the naive decoder's, or the rules reject no chunk."""
+    """Fail where 25 new tokens of PROMPTS at θ 0.5 are not the naive decoder's, or the rules change no text."""
     for generation, prompt in zip(got, PROMPTS, strict=True):
         tokens, chunks, n_forward = naive(lm, prompt, 25, store, 0.5, **rules)
         assert generation.new_token_ids == tokens
         assert generation.stats.forward_passes == n_forward
         assert [(chunk.position, chunk.token_ids) for chunk in generation.chunks] == chunks
     without = generate(lm, PROMPTS, 25, Retriever(store, Acceptance(0.5)))
-    n_chunks = [sum(len(generation.chunks) for generation in each) for each in (got, without)]
-    assert n_chunks[0] < n_chunks[1]
+    assert new_tokens(got) != new_tokens(without)
 
 
 def pretend_on_device(store: Datastore) -> None:

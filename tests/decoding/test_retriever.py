@@ -62,15 +62,24 @@ def test_bernoulli_accepts_as_often_as_g_says() -> None:
     assert abs(n_accepted / 2000 - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 2000)
 
 
-@pytest.mark.parametrize(("least", "accepted"), [(0.24, True), (0.26, False), (1.0, False)])
-def test_the_lm_has_a_say_where_the_similarity_is_high_enough(least: float, accepted: bool) -> None:
-    retriever = Retriever(Datastore.of([trie(7, ROWS)], 2), Acceptance(0.9, min_first_token_prob=least))
+@pytest.mark.parametrize(
+    ("least", "wanted"), [(0.24, ([2, 3], 1.0, 0.25)), (0.26, ([4], 0.8, 1.0)), (1.0, ([4], 0.8, 1.0))]
+)
+def test_the_nearest_row_is_found_whose_chunk_the_lm_would_begin(least: float, wanted: tuple) -> None:
+    retriever = Retriever(Datastore.of([trie(7, ROWS)], 2), Acceptance(0.75, min_first_token_prob=least))
     found = proposed(retriever, torch.tensor([1.0, 0.0]))
-    assert (found.token_ids, found.accepted) == ([2, 3], accepted)
-    assert found.first_token_prob == pytest.approx(0.25)
-    too_far = proposed(retriever, torch.tensor([0.0, 5.0]))
+    assert found.token_ids == wanted[0]
+    assert (found.similarity, found.first_token_prob) == pytest.approx(wanted[1:])
+    assert found.accepted
+    too_far = proposed(retriever, torch.tensor([0.0, -5.0]))
     assert not too_far.accepted
-    assert too_far.first_token_prob is None
+
+
+def test_nothing_is_proposed_where_the_lm_would_begin_no_chunk() -> None:
+    retriever = Retriever(Datastore.of([trie(7, ROWS[:2])], 2), Acceptance(-1, min_first_token_prob=0.6))
+    search = retriever.start_search(7, torch.tensor([1.0, 0.0]), LOGITS)
+    assert search is not None
+    assert retriever.proposal(search, None, (0.0, 0.0), [7]) is None
 
 
 def test_the_lms_likeliest_token_passes_any_gate() -> None:

@@ -1,5 +1,6 @@
 """θ and δ are chosen by what chunk mode saves and costs on a text, which naive loops give too."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -64,9 +65,8 @@ def test_what_the_lm_draws_itself_costs_nothing_in_expectation():
     assert sum(share * cost for share, cost in zip(p, costs, strict=True)) == pytest.approx(0.0, abs=1e-5)
 
 
-def naive_candidate(lm: CausalLM, store: Datastore, window: list[int], at: int, left_out: set[int]):
-    """The nearest row that may propose: similarity, chunk, cut at the window's end, and the LM's probability of its
-    first token to its likeliest; None: there is none."""
+def naive_candidate(lm: CausalLM, store: Datastore, window: list[int], at: int, least: float, left_out: set[int]):
+    """The nearest row that may propose: its similarity and its chunk, cut at the window's end; None: there is none."""
     found = store.trie(window[at])
     if found is None:
         return None
@@ -75,16 +75,16 @@ def naive_candidate(lm: CausalLM, store: Datastore, window: list[int], at: int, 
     query, p = hidden_states[0, -1].double(), logits[0, -1].double().softmax(-1)
     best = None
     for row in range(len(found.windows)):
-        if int(found.windows[row]) in left_out:
+        chunk = found.chunk(row)
+        if int(found.windows[row]) in left_out or p[chunk[0]] < least * p.max() * (1 - 1e-6):
             continue
         similarity = float(found.context_vectors[row].double() @ query / query.norm())
         if best is None or similarity > best[0]:
-            chunk = found.chunk(row)
-            best = similarity, chunk[: len(window) - at - 1], float(p[chunk[0]] / p.max())
+            best = similarity, chunk[: len(window) - at - 1]
     return best
 
 
-def test_candidates_are_the_nearest_rows_of_other_passages():
+def test_candidates_are_the_nearest_rows_of_other_passages_that_the_lm_lets_propose():
     lm = tiny_lm("llama")
     store = datastore_near_text(lm, PROMPTS, 20)
     for entry in store.n_rows:
@@ -98,38 +98,40 @@ def test_candidates_are_the_nearest_rows_of_other_passages():
     assert found.lengths == [len(window) - 1 for window in windows]
     places = [(w, at) for w, window in enumerate(windows) for at in range(len(window) - 1)]
     n_none = 0
-    for n, (w, at) in enumerate(places):
-        wanted = naive_candidate(lm, store, windows[w], at, left_out[w])
+    for (column, least), (n, (w, at)) in itertools.product(
+        enumerate(calibration.MIN_FIRST_TOKEN_PROBS), enumerate(places)
+    ):
+        wanted = naive_candidate(lm, store, windows[w], at, least, left_out[w])
         if wanted is None:
-            assert np.isnan(found.similarities[n])
+            assert np.isnan(found.similarities[column, n])
             n_none += 1
             continue
-        similarity, chunk, prob = wanted
-        assert found.similarities[n] == pytest.approx(similarity, abs=1e-5)
-        assert found.first_token_probs[n] == pytest.approx(prob, abs=1e-5)
-        assert found.chunk_lengths[n] == len(chunk)
-        assert found.costs[n] == pytest.approx(naive_cost(lm, windows[w][: at + 1], chunk, 0.7), abs=1e-3)
-    assert 0 < n_none < len(places)
+        similarity, chunk = wanted
+        assert found.similarities[column, n] == pytest.approx(similarity, abs=1e-5)
+        assert found.chunk_lengths[column, n] == len(chunk)
+        assert found.costs[column, n] == pytest.approx(naive_cost(lm, windows[w][: at + 1], chunk, 0.7), abs=1e-3)
+    assert 0 < n_none < found.similarities.size
 
 
 def random_candidates(rng: np.random.Generator) -> Candidates:
     lengths = [30, 1, 17]
-    n = sum(lengths)
+    shape = len(calibration.MIN_FIRST_TOKEN_PROBS), sum(lengths)
     left = np.concatenate([np.arange(length, 0, -1) for length in lengths])
-    similarities = np.where(rng.random(n) < 0.8, rng.uniform(-1, 1, n), np.nan)
-    costs = rng.normal(0.3, 0.5, n)
-    return Candidates(lengths, similarities, rng.random(n), np.minimum(rng.integers(1, 5, n), left), costs)
+    similarities = np.where(rng.random(shape) < 0.8, rng.uniform(-1, 1, shape), np.nan)
+    costs = rng.normal(0.3, 0.5, shape)
+    return Candidates(lengths, similarities, np.minimum(rng.integers(1, 5, shape), left), costs)
 
 
 def walked(candidates: Candidates, theta: float, least: float) -> tuple[float, float]:
     n_passes, nats, first = 0, 0.0, 0
+    column = calibration.MIN_FIRST_TOKEN_PROBS.index(least)
     for length in candidates.lengths:
         at = first
         while at < first + length:
             n_passes += 1
-            if candidates.similarities[at] >= theta and candidates.first_token_probs[at] >= least:
-                nats += candidates.costs[at]
-                at += int(candidates.chunk_lengths[at])
+            if candidates.similarities[column, at] >= theta:
+                nats += candidates.costs[column, at]
+                at += int(candidates.chunk_lengths[column, at])
             else:
                 at += 1
         assert at == first + length, "chunks are cut at a window's end"
@@ -146,17 +148,17 @@ def test_what_is_chosen_saves_most_of_all_that_cost_no_more(max_cost):
     of_choice = choice.similarity_threshold, choice.min_first_token_prob
     assert walked(candidates, *of_choice) == pytest.approx((choice.saved, choice.cost))
     # Every θ that tells proposals apart, with every δ of the grid: those between the grid's θ save little more.
-    for theta in candidates.similarities[~np.isnan(candidates.similarities)]:
-        for least in calibration.MIN_FIRST_TOKEN_PROBS:
+    for least, similarities in zip(calibration.MIN_FIRST_TOKEN_PROBS, candidates.similarities, strict=True):
+        for theta in similarities[~np.isnan(similarities)]:
             saved, cost = walked(candidates, float(theta), least)
             assert cost > max_cost or saved <= choice.saved + 0.05
 
 
 def test_nothing_is_accepted_where_every_chunk_costs_too_much():
     candidates = random_candidates(np.random.default_rng(3))
-    dear = replace(candidates, costs=np.full(len(candidates.costs), 5.0))
+    dear = replace(candidates, costs=np.full_like(candidates.costs, 5.0))
     assert choose(dear, 0.01) == calibration.Choice(1.0, 1.0, 0.0, 0.0)
-    nothing = replace(candidates, similarities=np.full(len(candidates.costs), np.nan))
+    nothing = replace(candidates, similarities=np.full_like(candidates.costs, np.nan))
     assert choose(nothing, 9.0).similarity_threshold == 1.0
 
 

@@ -281,9 +281,10 @@ def test_the_bootstrap_is_the_same_in_blocks_of_any_size(n_numbers, plan_of, mon
 
 
 def nearest_chunks(
-    lm: CausalLM, store: Datastore, windows: list[list[int]]
-) -> Iterator[tuple[int, list[int], list[int], torch.Tensor]]:
-    """Of each position with a proposal: its number, the text so far, the nearest chunk and the logits, one by one."""
+    lm: CausalLM, store: Datastore, windows: list[list[int]], least: float = 0.0
+) -> Iterator[tuple[int, list[int], tuple[float, list[int]] | None]]:
+    """Of each position whose entry token has a trie: its number, the text so far, and the similarity and chunk of the
+    nearest row whose first token the LM finds likely enough, None where there is none; one by one."""
     at = 0
     for window in windows:
         with torch.inference_mode():
@@ -291,13 +292,20 @@ def nearest_chunks(
         for i in range(len(window) - 1):
             token_trie = store.trie(window[i])
             if token_trie is not None:
-                row, _ = token_trie.index.nearest(hidden_states[0, i])
-                yield at, window[: i + 1], token_trie.chunk(row), logits[0, i]
+                probs, best = logits[0, i].double().softmax(-1), None
+                for row in range(len(token_trie.windows)):
+                    chunk = token_trie.chunk(row)
+                    query, vector = hidden_states[0, i].double(), token_trie.context_vectors[row].double()
+                    similarity = float(query @ vector / query.norm())
+                    is_likely = float(probs[chunk[0]]) >= least * float(probs.max()) * (1 - 1e-6)
+                    if is_likely and (best is None or similarity > best[0]):
+                        best = similarity, chunk
+                yield at, window[: i + 1], best
             at += 1
 
 
 @pytest.mark.parametrize("delta", [0.05, 0.5, 1.0])
-def test_the_gate_leaves_out_the_proposals_that_the_lm_rejects(delta, plan_of):
+def test_only_rows_propose_whose_chunk_the_lm_would_begin(delta, plan_of):
     lm = tiny_lm("llama")
     store = datastore_near_text(lm, PROMPTS, 20, wrong=True)
     windows = [[*PROMPTS[2], 70, 10, 5, 15], list(range(1, 12)), [5, 6, 7, 8, 22, 15]]
@@ -306,15 +314,20 @@ def test_the_gate_leaves_out_the_proposals_that_the_lm_rejects(delta, plan_of):
         find_proposals(lm, store, plan, 2, Acceptance(0, min_first_token_prob=least)) for least in (0.0, delta)
     )
     np.testing.assert_array_equal(found.log_probs, every.log_probs)
-    n_left_out = 0
-    for at, _, chunk, logits in nearest_chunks(lm, store, windows):
-        probs = logits.double().softmax(-1)
-        passes = float(probs[chunk[0]]) >= delta * float(probs.max())
-        expected = every if passes else Proposals(*(np.full(at + 1, x) for x in (0, 0, np.nan, 0, 0)))
-        np.testing.assert_array_equal(found.similarities[at], expected.similarities[at])
-        assert (found.chunk_lengths[at], found.agreeing[at]) == (expected.chunk_lengths[at], expected.agreeing[at])
-        n_left_out += not passes
-    assert n_left_out
+    texts = [window[i + 1 :] for window in windows for i in range(len(window) - 1)]
+    n_none = 0
+    for at, _, best in nearest_chunks(lm, store, windows, delta):
+        if best is None:
+            assert np.isnan(found.similarities[at])
+            assert (found.chunk_lengths[at], found.agreeing[at]) == (0, 0)
+            n_none += 1
+            continue
+        similarity, chunk = best
+        assert found.similarities[at] == pytest.approx(similarity, abs=1e-6)
+        assert found.chunk_lengths[at] == min(len(chunk), len(texts[at]))
+        pairs = zip(chunk, texts[at], strict=False)
+        assert found.agreeing[at] == sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    assert n_none
 
 
 def test_proposals_that_repeat_the_text_are_left_out(plan_of):
@@ -328,8 +341,9 @@ def test_proposals_that_repeat_the_text_are_left_out(plan_of):
     plan = plan_of(windows)
     every, found = (find_proposals(lm, store, plan, 2, how) for how in (None, Acceptance(0, reject_repeats=True)))
     n_left_out = 0
-    for at, text, chunk, _ in nearest_chunks(lm, store, windows):
-        is_repeat = repeats(text + chunk)
+    for at, text, best in nearest_chunks(lm, store, windows):
+        assert best is not None
+        is_repeat = repeats(text + best[1])
         assert np.isnan(found.similarities[at]) == is_repeat
         assert found.chunk_lengths[at] == (0 if is_repeat else every.chunk_lengths[at])
         n_left_out += is_repeat

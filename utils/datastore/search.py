@@ -125,16 +125,22 @@ class VectorIndex:
         search = self.search(query)
         return search.result(None if search.pending is None else search.pending.tolist())
 
-    def search(self, query: Tensor) -> Search:
-        """Start to search for the row most similar to the query, without waiting for a device."""
+    def search(self, query: Tensor, allowed: Tensor | None = None) -> Search:
+        """Start to search for the row most similar to the query, without waiting for a device.
+
+        allowed (N,) bool on the rows' device: which rows may be found; the result is row -1 of similarity NaN where none
+        is. None: all.
+        """
         if query.shape != self._rows.shape[1:]:
             raise ValueError(
                 f"the query has shape {tuple(query.shape)}, the rows have {self._rows.shape[1]} dimensions"
             )
         self._count(1)
         if self._array is None:
-            return self._search_on_device(query)
+            return self._search_on_device(query, allowed)
         prepared = _prepare(query.detach())
+        if allowed is not None:
+            return Search(self, self._nearest_of_allowed(prepared, allowed))
         return Search(self, (0, 0.0) if prepared is None else self._nearest_on_host(prepared, None))
 
     def nearest_batch(self, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,11 +156,12 @@ class VectorIndex:
             return self._rows.new_empty(0, dtype=torch.int64), self._rows.new_empty(0, dtype=torch.float64)
         return torch.cat([rows for rows, _ in found]), torch.cat([similarities for _, similarities in found])
 
-    def nearest_k(self, queries: Tensor, n_neighbors: int) -> tuple[Tensor, Tensor]:
+    def nearest_k(self, queries: Tensor, n_neighbors: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The rows most similar to each query, most similar first, ties in ascending order, by products with all rows.
 
-        queries (M, D) as of `nearest`; returns rows (M, K) int64 and similarities (M, K) float64 in [-1, 1], K being the
-        lesser of n_neighbors >= 1 and N, on the rows' device.
+        queries (M, D) as of `nearest`; allowed (M, N) bool on the rows' device: which rows each may find, None for all.
+        Returns rows (M, K) int64 and similarities (M, K) float64 in [-1, 1], K being the lesser of n_neighbors >= 1 and N,
+        on the rows' device; similarity NaN where fewer rows are allowed.
         """
         if queries.ndim != 2 or queries.shape[1] != self._rows.shape[1]:
             raise ValueError(
@@ -164,7 +171,9 @@ class VectorIndex:
         n_compared = min(k + MORE_THAN_K, len(self._rows))
         # The rows that are compared are gathered in float64.
         step = max(SCORES_AT_ONCE // max(len(self._rows), 2 * n_compared * self._rows.shape[1]), 1)
-        found = [self._nearest_k_of_block(block, k, n_compared) for block in queries.detach().split(step) if len(block)]
+        masks = [None] * len(queries) if allowed is None else allowed.split(step)
+        blocks = zip(queries.detach().split(step), masks, strict=False)
+        found = [self._nearest_k_of_block(block, k, n_compared, mask) for block, mask in blocks if len(block)]
         if not found:
             return self._rows.new_empty((0, k), dtype=torch.int64), self._rows.new_empty((0, k), dtype=torch.float64)
         return torch.cat([rows for rows, _ in found]), torch.cat([similarities for _, similarities in found])
@@ -187,6 +196,17 @@ class VectorIndex:
         if np.count_nonzero(close) == 1:
             return best, self._similarity(best, query)
         return self._best_of(close.nonzero()[0], query)
+
+    def _nearest_of_allowed(self, query: _Query | None, allowed: Tensor) -> tuple[int, float]:
+        rows = allowed.nonzero()[:, 0].numpy()
+        if not len(rows):
+            return -1, math.nan
+        if query is None:
+            return int(rows[0]), 0.0
+        if len(rows) * MISS_SHARE > len(self._rows):  # gathering so many costs more than passing over all
+            scores = torch.mv(self._rows, query.vector).numpy()[rows]
+            rows = rows[scores >= scores.max() - 2 * self._error * query.norm]
+        return self._best_of(rows, query)
 
     def _within_bounds(self, bounds: np.ndarray, query: _Query) -> np.ndarray | None:
         """The rows that may be the best, best bounds tried first; None where the bounds leave too many."""
@@ -242,7 +262,7 @@ class VectorIndex:
             raise ValueError("no row compares with the query; the rows have changed and hold NaN")
         return best_row, min(max(best / norm, -1.0), 1.0)
 
-    def _search_on_device(self, query: Tensor) -> Search:
+    def _search_on_device(self, query: Tensor, allowed: Tensor | None = None) -> Search:
         """The best by a score that is at most `error` below the cosine are compared in float64, all on the device."""
         exact = _unit_rows(query.detach().to(self._rows.device)[None])[0]
         n_compared = FEW
@@ -253,8 +273,11 @@ class VectorIndex:
             n_compared = FEW_OF_HALVES
         else:
             scores, error = torch.mv(self._rows, exact.float()), 2 * self._product_error()
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -math.inf)
         top = torch.topk(scores, min(n_compared, len(scores)))
         similarities = (self._rows[top.indices].double() * exact).sum(dim=1)
+        similarities = similarities.masked_fill(top.values == -math.inf, -math.inf)
         best = similarities.max()
         row = torch.where(similarities == best, top.indices, len(scores)).min()
         # The best, the first score that was not compared at most, and NaN where the query holds one.
@@ -266,9 +289,11 @@ class VectorIndex:
         scores, exact = search.scores, search.exact
         assert scores is not None
         assert exact is not None
-        if not all(map(math.isfinite, values)):
+        row, best, last, query_sum = values
+        if not math.isfinite(query_sum) or math.isnan(best):
             raise InputError(NOT_FINITE)
-        row, best, last, _ = values
+        if best == -math.inf:
+            return -1, math.nan
         if len(scores) <= search.n_compared or last + search.error < best:
             return int(row), min(max(best, -1.0), 1.0)
         candidates = (scores >= best - search.error).nonzero()[:, 0]
@@ -296,26 +321,32 @@ class VectorIndex:
             rows[i], similarities[i] = self._compared(close[i].nonzero()[:, 0], vectors[i], exact[i], 1.0)
         return rows, similarities
 
-    def _nearest_k_of_block(self, queries: Tensor, k: int, n_compared: int) -> tuple[Tensor, Tensor]:
+    def _nearest_k_of_block(
+        self, queries: Tensor, k: int, n_compared: int, allowed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The best by a float32 product are compared in float64; where others may be among the K, all these are."""
         exact = _unit_rows(queries.to(self._rows.device))
         if not bool(exact.isfinite().all()):
             raise InputError(NOT_FINITE)
         scores = torch.mm(exact.float(), self._rows.T)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -math.inf)
         top = torch.topk(scores, n_compared)
         candidates = top.indices.sort(dim=1).values
         similarities = torch.bmm(self._rows[candidates].double(), exact[:, :, None])[:, :, 0]
+        similarities = similarities.masked_fill(scores.gather(1, candidates) == -math.inf, -math.inf)
         best, order = (each[:, :k] for each in similarities.sort(dim=1, descending=True, stable=True))
         rows = candidates.gather(1, order)
         if n_compared < len(self._rows):
-            missed = top.values[:, -1].double() + 2 * self._product_error() >= best[:, -1]
+            last = top.values[:, -1].double()
+            missed = (last + 2 * self._product_error() >= best[:, -1]) & (last > -math.inf)
             for i in missed.nonzero()[:, 0].tolist():
                 possible = (scores[i] >= best[i, -1] - 2 * self._product_error()).nonzero()[:, 0]
                 blocks = possible.split(self._block)
                 of_query = torch.cat([(self._rows[block].double() * exact[i]).sum(dim=1) for block in blocks])
                 best[i], order_i = (each[:k] for each in of_query.sort(descending=True, stable=True))
                 rows[i] = possible[order_i]
-        return rows, best.clamp(-1, 1)
+        return rows, best.clamp(-1, 1).masked_fill(best == -math.inf, math.nan)
 
     def _product_error(self) -> float:
         # Where torch may multiply float32 matrices as tf32 or bf16, each factor is rounded to as few as 8 bits.

@@ -42,6 +42,23 @@ class TokenTrie:
         """The token ids of a row's chunk, the entry token not among them."""
         return self.chunk_ids[self.chunk_offsets[row] : self.chunk_offsets[row + 1]].tolist()
 
+    def of_chunks_from(self, n_tokens: int) -> "TokenTrie | None":
+        """The rows with chunks of n_tokens or more; None where there is none."""
+        lengths = np.diff(self.chunk_offsets)
+        kept = lengths >= n_tokens
+        if kept.all():
+            return self
+        if not kept.any():
+            return None
+        return TokenTrie(
+            self.entry_token_id,
+            self.context_vectors[torch.from_numpy(kept).to(self.context_vectors.device)],
+            self.chunk_ids[np.repeat(kept, lengths)],
+            np.concatenate([[0], np.cumsum(lengths[kept])]),
+            self.windows[kept],
+            self.positions[kept],
+        )
+
     def chunk_lengths(self, rows: np.ndarray) -> np.ndarray:
         """(len(rows),) int64."""
         return np.asarray(self.chunk_offsets[rows + 1] - self.chunk_offsets[rows])
@@ -86,12 +103,21 @@ class Datastore:
     """The token tries by entry token. An empty one proposes nothing."""
 
     def __init__(
-        self, folder: Path, n_rows: dict[int, int], hidden_size: int, device: torch.device, max_bytes: int
+        self,
+        folder: Path,
+        n_rows: dict[int, int],
+        hidden_size: int,
+        device: torch.device,
+        max_bytes: int,
+        min_chunk_length: int = 1,
     ) -> None:
-        """n_rows: how many rows each entry token's trie has; max_bytes bounds the tries kept in memory."""
-        self.n_rows, self.hidden_size = n_rows, hidden_size
+        """n_rows: how many rows each entry token's trie has; max_bytes bounds the tries kept in memory.
+
+        min_chunk_length: rows of shorter chunks are left out.
+        """
+        self.n_rows, self.hidden_size, self._min_chunk_length = n_rows, hidden_size, min_chunk_length
         self._folder, self._device, self._max_bytes = folder, device, max_bytes
-        self._kept: OrderedDict[int, TokenTrie] = OrderedDict()
+        self._kept: OrderedDict[int, TokenTrie | None] = OrderedDict()
         self._n_bytes_of: dict[int, int] = {}  # as counted into the sum of all
         self._n_bytes_kept = 0
 
@@ -107,14 +133,15 @@ class Datastore:
         """The trie of an entry token or None; the least recently used ones are dropped to keep under the bound."""
         if entry_token_id not in self.n_rows:
             return None
-        trie = self._kept.get(entry_token_id)
-        if trie is None:
-            trie = read_flattened(self._folder, entry_token_id, self.hidden_size, self._device)
-            self._kept[entry_token_id] = trie
-        else:
+        if entry_token_id in self._kept:
+            trie = self._kept[entry_token_id]
             self._kept.move_to_end(entry_token_id)
+        else:
+            whole = read_flattened(self._folder, entry_token_id, self.hidden_size, self._device)
+            trie = whole.of_chunks_from(self._min_chunk_length)
+            self._kept[entry_token_id] = trie
         # A trie that is asked often grows an index.
-        n_bytes = trie.n_bytes
+        n_bytes = 0 if trie is None else trie.n_bytes
         self._n_bytes_kept += n_bytes - self._n_bytes_of.get(entry_token_id, 0)
         self._n_bytes_of[entry_token_id] = n_bytes
         while self._n_bytes_kept > self._max_bytes and len(self._kept) > 1:
@@ -135,12 +162,14 @@ def open_datastore(
     max_bytes: int,
     excluded: frozenset[int] = frozenset(),
     max_rows: int | None = None,
+    min_chunk_length: int = 1,
     reprocess: bool = True,
     verify: bool = False,
 ) -> Datastore:
     """The datastore of a trie folder, flattened first where that has not been done.
 
-    excluded: entry tokens left out; max_rows: tries of more rows are left out, None for no bound; reprocess False: the
+    excluded: entry tokens left out; max_rows: tries of more rows are left out, None for no bound; min_chunk_length: rows of
+    shorter chunks are; reprocess False: the
     pickles must be there and up to date, InputError otherwise; verify: read all files that are to be used, and raise
     InputError where one is not what was written.
     """
@@ -155,7 +184,7 @@ def open_datastore(
     hidden_size = source.inputs.get("hidden_size")
     if type(hidden_size) is not int or hidden_size < 1:
         raise InputError(f"{trie_folder / HIDDEN_STATES_MANIFEST}: names no hidden size; run make_token_trie.py again")
-    return Datastore(trie_folder / FOLDER, kept, hidden_size, device, max_bytes)
+    return Datastore(trie_folder / FOLDER, kept, hidden_size, device, max_bytes, min_chunk_length)
 
 
 def require_made_with(trie_folder: Path, model_path: str, tokenizer: str, model: str | None = None) -> None:

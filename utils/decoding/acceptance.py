@@ -5,10 +5,10 @@ default map: g(s) = clip((s - η) / (1 - η), 0, q_max) with η = 2θ - 1, so th
 file. The policy `threshold` accepts a proposal iff s >= θ, or with a fitted map iff g(s) >= 1/2; `bernoulli` accepts
 with probability g(s).
 
-Beyond the paper, the LM may have a say: a chunk is accepted only where the LM gives its first token c₁ a probability
+Beyond the paper, the LM may have a say: only rows propose to whose chunk's first token c₁ the LM gives a probability
 p(c₁) >= δ · max p. The logits are there anyway when a chunk is proposed. And a chunk may be rejected with which the text
 would end in the same tokens twice in a row: an LM that has begun to repeat itself finds the next repetition likely. Both
-depend on the text so far and the proposal alone, as q does, so that the probability of a text stays an exact sum.
+depend on the text so far alone, as q does, so that the probability of a text stays an exact sum.
 """
 
 from collections.abc import Sequence
@@ -168,7 +168,8 @@ class Acceptance:
 
     similarity_threshold θ in [-1, 1], where 1 disables retrieval; q_max in (0, 1) caps the default map, and under
     `threshold` is the acceptance probability from θ on; fitted: a map that takes the place of θ's; min_first_token_prob
-    δ in [0, 1]: the least probability of a chunk's first token, relative to the LM's likeliest, 0 for the paper's rule;
+    δ in [0, 1]: the least probability of the first token of a chunk that may be proposed, relative to the LM's likeliest, 0 for
+    the paper's rule;
     reject_repeats: whether chunks are rejected with which the text `ends_in_repeat`; neighbors: how K > 1 rows propose
     where no fitted map says, None for one. Raises ValueError for both: a prefix would have to be asked as the chunk is.
     """
@@ -196,7 +197,7 @@ class Acceptance:
 
     @property
     def asks_lm(self) -> bool:
-        """Whether acceptance, or which row proposes, depends on what the LM gives to a chunk's first token."""
+        """Whether which row proposes depends on what the LM gives to the first tokens of their chunks."""
         return self.min_first_token_prob > 0 or (self.mixture is not None and self.mixture.lm_power > 0)
 
     @property

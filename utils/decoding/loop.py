@@ -273,6 +273,8 @@ class _Loop:
         of_place = sequence.acceptance_uniforms[sequence.n_new], sequence.chunk_uniforms[sequence.n_new]
         found = next(values) if search.is_pending else None
         proposal = self._decoding.retriever.proposal(search, found, of_place, sequence.token_ids)
+        if proposal is None:
+            return None
         place = len(sequence.token_ids)
         sequence.proposals.append(ProposalRecord(place, proposal.row, proposal.similarity, proposal.first_token_prob))
         if not proposal.accepted:

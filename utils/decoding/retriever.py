@@ -3,6 +3,7 @@
 Beyond the paper, the K most similar rows may propose: one is drawn, and how much of its chunk (`NeighborMixture`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from utils.datastore.search import Search
 from utils.datastore.store import Datastore, TokenTrie
 from utils.decoding.acceptance import LONGEST_REPEAT, Acceptance, ends_in_repeat, tail_of
-from utils.lm.scoring import relative_log_probs, relative_probs
+from utils.lm.scoring import relative_log_probs
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Proposal:
     """A chunk that may follow the entry token: its token ids, the cosine similarity, its row in the token trie.
 
     first_token_prob: what the LM gives to the chunk's first token, relative to its likeliest; None where it was not
-    asked, since the similarity alone had decided.
+    asked.
     """
 
     token_ids: list[int]
@@ -33,12 +34,14 @@ class Proposal:
 
 @dataclass(frozen=True)
 class ProposalSearch:
-    """A search of a token trie that has been started, and the logits (V,) of the LM at the entry token."""
+    """A search of a token trie that has been started."""
 
     trie: TokenTrie
     index_search: Search | None  # None: `neighbors` has what was found
-    logits: Tensor
     neighbors: tuple[np.ndarray, np.ndarray] | None = None  # K rows and similarities, most similar first
+    first_log_probs: Tensor | None = (
+        None  # (N,) of each row's first token, as `relative_log_probs`; None: not asked for
+    )
 
     @property
     def is_pending(self) -> bool:
@@ -63,72 +66,69 @@ class Retriever:
         trie = self.datastore.trie(entry_token_id)
         if trie is None:
             return None
+        log_probs = allowed = None
+        if self.acceptance.asks_lm:
+            log_probs = relative_log_probs(logits[None], trie.first_ids[None].to(logits.device))[0]
+            log_probs = log_probs.to(trie.first_ids.device)
+        if log_probs is not None and self.acceptance.min_first_token_prob > 0:
+            allowed = log_probs.exp() >= self.acceptance.min_first_token_prob
         if self.acceptance.mixture is None:
-            return ProposalSearch(trie, trie.index.search(hidden_state), logits)
-        rows, similarities = trie.index.nearest_k(hidden_state[None], self.acceptance.n_neighbors)
-        return ProposalSearch(trie, None, logits, (rows[0].cpu().numpy(), similarities[0].cpu().numpy()))
+            return ProposalSearch(trie, trie.index.search(hidden_state, allowed), first_log_probs=log_probs)
+        mask = None if allowed is None else allowed[None]
+        rows, similarities = trie.index.nearest_k(hidden_state[None], self.acceptance.n_neighbors, mask)
+        found = rows[0].cpu().numpy(), similarities[0].cpu().numpy()
+        return ProposalSearch(trie, None, found, log_probs)
 
     def results(self, searches: Sequence[ProposalSearch]) -> Tensor:
-        """(n, K) float64 on the device: what `proposal` needs of pending searches, to be copied to the host at once."""
-        started = [search.index_search for search in searches if search.index_search is not None]
-        found = torch.stack([search.pending for search in started if search.pending is not None])
-        if not self.acceptance.asks_lm:
-            return found
-        first_ids = torch.stack(
-            [search.trie.first_ids[row] for search, row in zip(searches, found[:, 0].long(), strict=True)]
-        )
-        probs = relative_probs(
-            torch.stack([search.logits for search in searches]), first_ids[:, None].to(searches[0].logits.device)
-        )
-        return torch.cat([found, probs.to(found)], dim=1)
+        """(n, 4 or 5) float64 on the device: what `proposal` needs of pending searches, to be copied to the host at once."""
+        pending = []
+        for search in searches:
+            assert search.index_search is not None
+            found = search.index_search.pending
+            assert found is not None
+            if search.first_log_probs is not None:
+                found = torch.cat([found, search.first_log_probs[found[:1].long()].to(found)])
+            pending.append(found)
+        return torch.stack(pending)
 
     def proposal(
         self, search: ProposalSearch, values: list[float] | None, uniforms: tuple[float, float], token_ids: list[int]
-    ) -> Proposal:
+    ) -> Proposal | None:
         """The most similar row, or the one that is drawn of several, and whether its chunk is accepted.
 
         values: its row of `results`, None where it is not pending; uniforms: two in [0, 1), of which the first decides
-        under `bernoulli` and the second draws the row; token_ids: the text so far, which ends in the entry token.
+        under `bernoulli` and the second draws the row; token_ids: the text so far, which ends in the entry token. None
+        where the LM lets no row propose.
         """
         if search.index_search is None:
             return self._drawn(search, uniforms)
-        uniform, _ = uniforms
-        prob: float | None = None
-        if values is not None and self.acceptance.asks_lm:
-            *values, prob = values
+        log_prob: float | None = None
+        if values is not None and search.first_log_probs is not None:
+            *values, log_prob = values
         row, similarity = search.index_search.result(values)
+        if row < 0:
+            return None
+        if search.first_log_probs is not None and (log_prob is None or values is None or row != values[0]):
+            log_prob = float(search.first_log_probs[row])  # the host decided between rows that are almost equal
         chunk = search.trie.chunk(row)
-        if not self.acceptance.accepts(similarity, uniform):
-            return Proposal(chunk, similarity, row, accepted=False)
-        accepted = True
-        if self.acceptance.asks_lm:
-            if (
-                prob is None or values is None or row != values[0]
-            ):  # the host decided between rows that are almost equal
-                first_id = search.trie.first_ids[row : row + 1].to(search.logits.device)
-                prob = float(relative_probs(search.logits[None], first_id[None]))
-            accepted = prob >= self.acceptance.min_first_token_prob
+        accepted = self.acceptance.accepts(similarity, uniforms[0])
         if accepted and self.acceptance.reject_repeats:
             accepted = not ends_in_repeat(tail_of(token_ids[-2 * LONGEST_REPEAT :] + chunk))[0]
-        return Proposal(chunk, similarity, row, bool(accepted), prob)
+        return Proposal(chunk, similarity, row, bool(accepted), None if log_prob is None else math.exp(log_prob))
 
-    def _drawn(self, search: ProposalSearch, uniforms: tuple[float, float]) -> Proposal:
+    def _drawn(self, search: ProposalSearch, uniforms: tuple[float, float]) -> Proposal | None:
         """Of several rows one is drawn, and how much of its chunk; the most similar one says whether it is accepted."""
         mixture, trie = self.acceptance.mixture, search.trie
         assert mixture is not None
         assert search.neighbors is not None
-        rows, similarities = search.neighbors
+        rows, similarities = (each[~np.isnan(search.neighbors[1])] for each in search.neighbors)
+        if not len(rows):
+            return None
         log_probs: np.ndarray | None = None
-        is_accepted = True
-        if self.acceptance.asks_lm:
-            first_ids = trie.first_ids[torch.from_numpy(rows).to(trie.first_ids.device)].to(search.logits.device)
-            log_probs = relative_log_probs(search.logits[None], first_ids[None])[0].cpu().numpy()
-            is_likely = np.exp(log_probs) >= self.acceptance.min_first_token_prob
-            is_accepted = bool(is_likely.any())
-            if is_accepted:
-                rows, similarities, log_probs = rows[is_likely], similarities[is_likely], log_probs[is_likely]
+        if search.first_log_probs is not None:
+            log_probs = search.first_log_probs.cpu().numpy()[rows]
         chosen, n_tokens = 0, None
-        is_accepted = is_accepted and self.acceptance.accepts(float(similarities[0]), uniforms[0])
+        is_accepted = self.acceptance.accepts(float(similarities[0]), uniforms[0])
         if is_accepted:
             chosen, n_tokens = mixture.draw(similarities, log_probs, trie.chunk_lengths(rows), uniforms[1])
         row, similarity = int(rows[chosen]), float(similarities[chosen])

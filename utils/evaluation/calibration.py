@@ -9,7 +9,6 @@ proposals of every position are found and read too, and each window is walked th
 δ of a grid. A text that is the datastore's own is read with the rows of each window's passage left out.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ CHOSEN_THRESHOLD = "threshold.json"
 MAX_TOKENS, WINDOW_TOKENS = 2048, 256
 # Nodes of chunks that are read with their window in one pass.
 NODES_AT_ONCE = 256
-MIN_FIRST_TOKEN_PROBS = (0.0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+MIN_FIRST_TOKEN_PROBS = (0.0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 1.0)
 N_THRESHOLDS = 24
 NEAR = 32  # windows on each side that may be of the same passage
 
@@ -63,19 +62,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The proposals at the N positions of some windows, one after the other; arrays (N,)."""
+    """The proposals at the N positions of some windows, one after the other, for each δ of the grid; arrays (J, N)."""
 
     lengths: list[int]  # positions of each window
     similarities: np.ndarray  # NaN: nothing is proposed
-    first_token_probs: np.ndarray  # what the LM gives to the chunk's first token, relative to its likeliest
     chunk_lengths: np.ndarray  # cut at the window's end
     costs: np.ndarray  # of the chunk, nats
 
     def walk(self, similarity_threshold: float, min_first_token_prob: float) -> tuple[float, float]:
-        """The share of forward passes saved and the nats lost a token."""
-        accepted = (self.similarities >= similarity_threshold) & (self.first_token_probs >= min_first_token_prob)
-        steps = np.where(accepted, self.chunk_lengths, 1).astype(int).tolist()
-        costs = np.where(accepted, self.costs, 0.0).tolist()
+        """The share of forward passes saved and the nats lost a token, at a θ and a δ of the grid."""
+        column = MIN_FIRST_TOKEN_PROBS.index(min_first_token_prob)
+        accepted = self.similarities[column] >= similarity_threshold
+        steps = np.where(accepted, self.chunk_lengths[column], 1).astype(int).tolist()
+        costs = np.where(accepted, self.costs[column], 0.0).tolist()
         n_passes, cost, first = 0, 0.0, 0
         for length in self.lengths:
             at, end = first, first + length
@@ -91,15 +90,16 @@ class Candidates:
 def choose(candidates: Candidates, max_cost: float) -> Choice:
     """The θ and δ that save most at no more than max_cost nats a token; θ 1, which accepts nothing, where none saves."""
     best = Choice(1.0, 1.0, 0.0, 0.0)
-    found = candidates.similarities[~np.isnan(candidates.similarities)]
-    if not len(found):
-        return best
-    # Rounded down, so that the proposals at the quantile are accepted.
-    quantiles = np.floor(np.clip(np.quantile(found, np.linspace(0, 1, N_THRESHOLDS)), -1, 1) * 1000) / 1000
-    for theta, least in itertools.product(np.unique(quantiles).tolist(), MIN_FIRST_TOKEN_PROBS):
-        saved, cost = candidates.walk(theta, least)
-        if cost <= max_cost and (saved, -cost) > (best.saved, -best.cost):
-            best = Choice(theta, least, saved, cost)
+    for least, similarities in zip(MIN_FIRST_TOKEN_PROBS, candidates.similarities, strict=True):
+        found = similarities[~np.isnan(similarities)]
+        if not len(found):
+            continue
+        # Rounded down, so that the proposals at the quantile are accepted.
+        quantiles = np.floor(np.clip(np.quantile(found, np.linspace(0, 1, N_THRESHOLDS)), -1, 1) * 1000) / 1000
+        for theta in np.unique(quantiles).tolist():
+            saved, cost = candidates.walk(theta, least)
+            if cost <= max_cost and (saved, -cost) > (best.saved, -best.cost):
+                best = Choice(theta, least, saved, cost)
     return best
 
 
@@ -134,48 +134,48 @@ def find_candidates(
         _of_window(lm, datastore, window, temperature, list(prefix_ids))
         for window in ProgressBar(windows, desc="choosing θ", unit="window")
     ]
-    return Candidates([part.shape[1] for part in parts], *np.concatenate(parts, axis=1))
+    return Candidates([part.shape[2] for part in parts], *np.concatenate(parts, axis=2))
 
 
 def _of_window(
     lm: CausalLM, datastore: Datastore, window: CalibrationWindow, temperature: float, prefix_ids: list[int]
 ) -> np.ndarray:
-    """(4, L - 1): similarities, probabilities of first tokens, chunk lengths and costs."""
+    """(3, J, L - 1): similarities, chunk lengths and costs."""
     scores = score_windows(lm, window.token_ids[None], np.dtype(np.float32), prefix_ids, keep_logits=True)
     require_finite(0, 0, scores)
     assert scores.hidden_states is not None
     assert scores.logits is not None
     n_positions = len(window.token_ids) - 1
-    found = np.full((4, n_positions), np.nan)
-    places, chunks = [], []
+    found = np.full((3, len(MIN_FIRST_TOKEN_PROBS), n_positions), np.nan)
+    chunks: dict[tuple[int, int], list[int]] = {}  # by position and row
+    proposed: list[tuple[int, int, int, float]] = []  # position, row, number of the δ, similarity
     for at in range(n_positions):
         trie = datastore.trie(int(window.token_ids[at]))
-        nearest = (
-            None if trie is None else _nearest(trie, torch.from_numpy(scores.hidden_states[0, at]), window.left_out)
-        )
-        if trie is None or nearest is None:
+        if trie is None:
             continue
-        row, similarity = nearest
-        first_id = trie.first_ids[None, row : row + 1].to(scores.logits.device)
-        chunks.append(trie.chunk(row)[: n_positions - at])
-        places.append(at)
-        found[:3, at] = similarity, float(relative_probs(scores.logits[0, at][None], first_id)), len(chunks[-1])
+        query, logits = torch.from_numpy(scores.hidden_states[0, at]), scores.logits[0, at]
+        for column, row, similarity in _nearest_rows(trie, query, logits, window.left_out):
+            proposed.append((at, row, column, similarity))
+            chunks[at, row] = trie.chunk(row)[: n_positions - at]
     text = [*prefix_ids, *window.token_ids.tolist()]
-    found[3, places] = chunk_costs(lm, text, [len(prefix_ids) + at + 1 for at in places], chunks, temperature)
+    ends = [len(prefix_ids) + at + 1 for at, _ in chunks]
+    costs = dict(zip(chunks, chunk_costs(lm, text, ends, list(chunks.values()), temperature), strict=True))
+    for at, row, column, similarity in proposed:
+        found[:, column, at] = similarity, len(chunks[at, row]), costs[at, row]
     return found
 
 
-def _nearest(trie: TokenTrie, query: Tensor, left_out: frozenset[int]) -> tuple[int, float] | None:
-    """The most similar row that is of none of these windows; None where there is none."""
-    if not left_out:
-        return trie.index.nearest(query)
-    rows = np.flatnonzero(~np.isin(trie.windows, list(left_out)))
-    if not len(rows):
-        return None
-    vectors = trie.context_vectors[torch.from_numpy(rows).to(trie.context_vectors.device)]
-    similarities = vectors @ query.to(vectors.device) / torch.linalg.vector_norm(query).clamp_min(1e-30)
-    best = int(similarities.argmax())
-    return int(rows[best]), float(similarities[best])
+def _nearest_rows(
+    trie: TokenTrie, query: Tensor, logits: Tensor, left_out: frozenset[int]
+) -> Iterator[tuple[int, int, float]]:
+    """For each δ that leaves a row: its number, the most similar row that is of none of these windows, and its similarity."""
+    probs = relative_probs(logits[None], trie.first_ids[None].to(logits.device))[0].to(trie.first_ids.device)
+    others = torch.from_numpy(~np.isin(trie.windows, list(left_out))).to(probs.device)
+    for column, least in enumerate(MIN_FIRST_TOKEN_PROBS):
+        search = trie.index.search(query, others & (probs >= least))
+        row, similarity = search.result(None if search.pending is None else search.pending.tolist())
+        if row >= 0:
+            yield column, row, similarity
 
 
 @torch.inference_mode()

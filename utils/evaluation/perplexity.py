@@ -37,6 +37,8 @@ FITTED_MAP = "acceptance_map.json"
 PERPLEXITY = "perplexity.json"
 # Hidden states kept until their proposals are looked up together: 512 MB.
 HIDDEN_NUMBERS_AT_ONCE = 2**27
+# Rows whose first tokens the LM is asked about together, at all positions: 64 MB.
+FIRST_TOKENS_AT_ONCE = 2**24
 # Chunks that are compared with the text together: 64 MB where they have 64 tokens.
 AGREEING_AT_ONCE = 2**16
 N_RESAMPLES = 2000
@@ -178,8 +180,8 @@ def find_proposals(
 ) -> Proposals:
     """The LM's probability and the proposal at every position from a window's second token on; datastore None: no proposals.
 
-    acceptance: how many rows propose; those that it rejects whatever their similarity, by the LM's say or as repeats, are
-    left out, which for one is as if its q was 0; None: one row, and none is. Raises InputError where the model computes
+    acceptance: how many rows propose, of those that the LM lets; chunks that it rejects as repeats are left out, which is
+    as if their q was 0; None: one row of all. Raises InputError where the model computes
     NaN or infinity.
     """
     lengths = plan.lengths - 1
@@ -276,19 +278,9 @@ def fill_in_nearest(
         trie = datastore.trie(int(queries.entries[positions[0]]))
         if trie is None:
             continue
-        rows, similarities = _nearest(trie, queries.hidden_states[positions], found.neighbors)
-        log_probs = np.zeros(rows.shape, dtype=np.float32)
-        if queries.logits is not None:
-            log_probs = _first_log_probs(trie, rows, queries.logits, positions)
-        if acceptance is not None and (acceptance.min_first_token_prob or acceptance.reject_repeats):
-            kept = np.exp(log_probs) >= acceptance.min_first_token_prob
-            if acceptance.reject_repeats:
-                kept &= ~_would_repeat(trie, rows, queries, positions)
-            similarities[~kept] = np.nan
-            by_similarity = np.argsort(-similarities, axis=1, kind="stable")  # NaN comes last
-            rows, similarities, log_probs = (
-                np.take_along_axis(each, by_similarity, axis=1) for each in (rows, similarities, log_probs)
-            )
+        rows, similarities, log_probs = _nearest(trie, queries, positions, found.neighbors, acceptance)
+        if acceptance is not None and acceptance.reject_repeats:
+            similarities[_would_repeat(trie, rows, queries, positions)] = np.nan
         there = ~np.isnan(similarities)
         lengths = np.where(there, trie.chunk_lengths(rows), 0)
         lengths = np.minimum(lengths, queries.left[positions, None])
@@ -305,23 +297,39 @@ def fill_in_nearest(
             found.neighbors.first_log_probs[at, :n_rows] = log_probs
 
 
-def _nearest(trie: TokenTrie, hidden_states: np.ndarray, neighbors: Neighbors | None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (n, K) and similarities (n, K) of as many neighbours as the trie has; None: of one."""
-    queries = torch.from_numpy(hidden_states)
-    if neighbors is None:
-        rows, similarities = (each[:, None] for each in trie.index.nearest_batch(queries))
-    else:
-        rows, similarities = trie.index.nearest_k(queries, neighbors.similarities.shape[1])
-    return rows.cpu().numpy(), similarities.cpu().numpy()
+def _nearest(
+    trie: TokenTrie,
+    queries: Positions,
+    positions: np.ndarray,
+    neighbors: Neighbors | None,
+    acceptance: Acceptance | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, similarities and logs of what the LM gives to their first tokens, (n, K) each, at some of the positions.
 
-
-def _first_log_probs(trie: TokenTrie, rows: np.ndarray, logits: Tensor, positions: np.ndarray) -> np.ndarray:
-    """(n, K) float32: what the LM gives to the first token of each row's chunk, as `relative_log_probs` does.
-
-    rows (n, K), at positions (n,) of the logits.
+    K: as many neighbours as the trie has; where fewer may propose, their similarities are NaN. The last is 0 without logits.
     """
-    first_ids = trie.first_ids[torch.from_numpy(rows).to(trie.first_ids.device)].to(logits.device)
-    return relative_log_probs(logits[torch.from_numpy(positions).to(logits.device)], first_ids).cpu().numpy()
+    k = 1 if neighbors is None else neighbors.similarities.shape[1]
+    least = 0.0 if acceptance is None else acceptance.min_first_token_prob
+    if queries.logits is None:
+        states = torch.from_numpy(queries.hidden_states[positions])
+        if k == 1:
+            rows, similarities = (each[:, None] for each in trie.index.nearest_batch(states))
+        else:
+            rows, similarities = trie.index.nearest_k(states, k)
+        return rows.cpu().numpy(), similarities.cpu().numpy(), np.zeros(rows.shape, dtype=np.float32)
+    logits, device = queries.logits, queries.logits.device
+    first_ids = trie.first_ids.to(device)
+    found = []
+    for some in np.array_split(positions, len(positions) * len(first_ids) // FIRST_TOKENS_AT_ONCE + 1):
+        if not len(some):
+            continue
+        log_probs = relative_log_probs(logits[torch.from_numpy(some).to(device)], first_ids.expand(len(some), -1))
+        log_probs = log_probs.to(trie.first_ids.device)
+        allowed = log_probs.exp() >= least if least else None
+        rows, similarities = trie.index.nearest_k(torch.from_numpy(queries.hidden_states[some]), k, allowed)
+        found.append([each.cpu().numpy() for each in (rows, similarities, log_probs.gather(1, rows))])
+    rows_of, similarities_of, log_probs_of = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return rows_of, similarities_of, log_probs_of
 
 
 def _would_repeat(trie: TokenTrie, rows: np.ndarray, queries: Positions, positions: np.ndarray) -> np.ndarray:

@@ -100,6 +100,7 @@ class DatastoreSettings:
     tok_prob_threshold: float
     excluded: frozenset[int]  # entry tokens without proposals
     max_rows: int | None  # of a trie; None: no bound
+    min_chunk_length: int  # of the chunks that may be proposed
     max_bytes: int  # of tries in memory
     move_to_device: bool  # all tries, from the start
     reprocess: bool
@@ -246,6 +247,7 @@ class Evaluation:
             max_bytes=settings.max_bytes,
             excluded=settings.excluded,
             max_rows=settings.max_rows,
+            min_chunk_length=settings.min_chunk_length,
             reprocess=settings.reprocess,
             verify=settings.verify_checksums,
         )
@@ -278,6 +280,7 @@ class Evaluation:
             "datastore": file_fingerprint(datastore.trie_folder / HIDDEN_STATES_MANIFEST),
             "excluded": sorted(datastore.excluded),
             "max_rows": datastore.max_rows,
+            "min_chunk_length": datastore.min_chunk_length,
             "text": None if auto.text is None else file_fingerprint(auto.text),
             "max_cost": auto.max_cost,
             "temperature": self._drawing["temperature"],
@@ -357,6 +360,8 @@ class Evaluation:
             "excluded": sorted(datastore.excluded),
             "max_rows": datastore.max_rows,
         }
+        if datastore.min_chunk_length > 1:
+            with_datastore |= {"min_chunk_length": datastore.min_chunk_length}
         if generation.decoding == "verify":
             drafts = generation.drafts
             with_datastore |= {

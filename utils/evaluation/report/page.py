@@ -246,11 +246,12 @@ class _Page:
 
     def _rejection(self, chunk: RescoredProposal, text: list[int]) -> int:
         """What rejected a proposal after this text: VETOED, REPEATS, or 0 for its similarity."""
-        prob, run = chunk.record.first_token_prob, self.run
-        if prob is not None and prob < run.min_first_token_prob:
+        run, recorded = self.run, chunk.record.first_token_prob
+        if chunk.record.similarity < run.similarity_threshold:
+            return 0
+        if (chunk.first_token_prob if recorded is None else recorded) < run.min_first_token_prob:
             return VETOED
-        is_similar = chunk.record.similarity >= run.similarity_threshold
-        repeats = run.reject_repeats and is_similar and bool(ends_in_repeat(tail_of(text + chunk.token_ids))[0])
+        repeats = run.reject_repeats and bool(ends_in_repeat(tail_of(text + chunk.token_ids))[0])
         return REPEATS if repeats else 0
 
     def _row(self, chunk: RescoredProposal) -> int:

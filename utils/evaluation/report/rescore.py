@@ -48,15 +48,14 @@ class RescoredText:
 
 @torch.inference_mode()
 def rescore(lm: CausalLM, datastore: Datastore, generation: Generation) -> RescoredText:
-    """Rescore a generation of chunk mode. Where it has no trace, its proposals are found again too."""
+    """Rescore a generation of chunk mode. Where no proposal is recorded, the most similar row is found again."""
     scores = score_windows(lm, np.array([generation.token_ids]), np.dtype(np.float32), keep_logits=True)
     assert scores.hidden_states is not None
     assert scores.logits is not None
     states = torch.from_numpy(scores.hidden_states[0])
-    if generation.trace is not None:
-        records = generation.trace.proposals
-    else:
-        records = [ProposalRecord(position, -1, 0.0) for position in _search_positions(generation)]
+    # Without a trace none is, and with one none where the LM let no row propose.
+    recorded = {} if generation.trace is None else {each.position: each for each in generation.trace.proposals}
+    records = [recorded.get(at, ProposalRecord(at, -1, 0.0)) for at in _search_positions(generation)]
     by_entry: dict[int, list[ProposalRecord]] = {}
     for record in records:
         by_entry.setdefault(generation.token_ids[record.position - 1], []).append(record)
