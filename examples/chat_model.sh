@@ -23,19 +23,17 @@ step "It answers each of eight questions five times; the answers are saved as a 
 run eval.py --model_path "$model" "${questions[@]}" --save_dir "$out/answers" --gen_baseline_only --seed 1 \
     --num_return_sequences 5 --batch_size 8 --save_as_corpus "$out/corpus"
 
-step "Chunks of those answers, and the same questions with another seed: plainly and with chunks"
+step "Chunks of those answers, θ and δ chosen by them, and the same questions with another seed: plainly and with chunks"
 run run_pipeline.sh --input_files "$out/corpus/train.json" --validation_fraction 0 --test_fraction 0 --output_dir "$out" \
-    --model_gen "$model" --min_length 1 --skip_first_tokens 0 --tok_prob_threshold 0.3 "${questions[@]}" \
-    --similarity_threshold 0.8 --min_first_token_prob 0.3 --reject_repeats
+    --model_gen "$model" --min_length 1 --skip_first_tokens 0 --tok_prob_threshold 0.1 "${questions[@]}"
 
 step "Once more, with chunks as drafts: the text is the model's own, token for token"
 datastore=(--model_path "$model" --token_trie_dir "$out/tries" --dataset local --partition train --model_ds smollm2
-    --model_gen smollm2 --tok_prob_threshold 0.3 --save_dir "$out/results/DSsmollm2_Hsmollm2_train_0.3" --similarity_threshold 0.8)
+    --model_gen smollm2 --tok_prob_threshold 0.1 --save_dir "$out/results/DSsmollm2_Hsmollm2_train_0.1")
 run eval.py "${datastore[@]}" "${questions[@]}" --decoding verify
 
 step "All three side by side, one answer with its chunks in colour, and a report"
-run eval.py "${datastore[@]}" "${questions[@]}" --min_first_token_prob 0.3 --reject_repeats \
-    --report "$out/report.html"
+run eval.py "${datastore[@]}" "${questions[@]}" --similarity_threshold auto --report "$out/report.html"
 
 step "What to look at: FPS is the share of forward passes saved, TTS the time per token; the report shows every chunk"
 echo "$out/report.html"

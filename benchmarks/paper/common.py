@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from benchmarks.common import write_json
 from benchmarks.paper.datastores import MAX_CHUNK_LENGTH, SMALL, Work, add_work, work_of
-from utils.cli import COSINE, POSITIVE_INT, Parser, Range, file_name
+from utils.cli import COSINE, NON_NEGATIVE_INT, POSITIVE_INT, Parser, Range, file_name
 from utils.datastore.store import Datastore, open_datastore
 from utils.decoding.acceptance import Acceptance, NeighborMixture
 from utils.evaluation.marginal import Proposals
@@ -68,6 +68,9 @@ def add_flags(parser: Parser) -> None:
     )
     parser.add_argument(
         "--max_chunk_length", type=POSITIVE_INT, default=MAX_CHUNK_LENGTH, help="tokens of a chunk, at most"
+    )
+    parser.add_argument(
+        "--skip_first_tokens", type=NON_NEGATIVE_INT, help="of each window, not in the datastore (default: stage 3's)"
     )
     parser.add_argument("--similarity_threshold", type=COSINE, default=0.5, help="θ of the map that one knob gives")
     add_windows(parser)
@@ -177,7 +180,8 @@ class Reader:
 
     def datastore(self, lm: CausalLM, work: Work | None = None) -> Datastore:
         """The datastore of the text, or of a part of it, made where it is not there."""
-        folder = (work or self.work).tries(self.args.tok_prob_threshold, self.args.max_chunk_length)
+        args = self.args
+        folder = (work or self.work).tries(args.tok_prob_threshold, args.max_chunk_length, args.skip_first_tokens)
         return open_datastore(folder, device=lm.device, max_bytes=int(self.args.trie_cache_gb * 10**9))
 
     def encode(self, text: str) -> list[int]:

@@ -10,7 +10,7 @@ are compared, also by drawing passages.
 
 Run     python benchmarks/paper/perplexity.py --output perplexity.json
         python benchmarks/paper/perplexity.py --model_ds smollm2 --model_gen smollm2 --text medicine=data/medicine \
-            --tok_prob_threshold 0 --max_chunk_length 16 --neighbors 64 256
+            --tok_prob_threshold 0 --max_chunk_length 16 --skip_first_tokens 0 --neighbors 64 256
         python benchmarks/paper/perplexity.py --model_ds gpt2-xl --model_gen gpt2 --text wiki=data/wiki --text law=data/law
 """
 

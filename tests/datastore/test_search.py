@@ -344,6 +344,53 @@ def test_a_half_product_that_is_rounded_on_the_way_is_not_used(monkeypatch: pyte
     assert state(VectorIndex(unit(noise(9, 302, 1)), "half"), 9, 302) == "product"
 
 
+def masks_for(n: int, seed: int) -> list[Tensor]:
+    """All rows, half of them, few, one and none."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(n, generator=generator)
+    return [order < wanted for wanted in (n, n // 2, min(n, 3), 1, 0)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "d"), [(1, 33), (63, 200), (530, 130)])
+def test_of_the_allowed_rows_the_nearest_is_found(way: Way, kind: str, n: int, d: int) -> None:
+    rows = unit(KINDS[kind](n, d, n + d))
+    index = VectorIndex(rows, way)
+    for query in queries_for(rows, n):
+        exact = brute_force(query, rows)
+        for allowed in masks_for(n, d):
+            search = index.search(query, allowed)
+            device_search = index._search_on_device(query, allowed)
+            assert device_search.pending is not None
+            for row, similarity in (search.result(), device_search.result(device_search.pending.tolist())):
+                if not allowed.any():
+                    assert row == -1
+                    assert math.isnan(similarity)
+                    continue
+                assert allowed[row]
+                of_allowed = exact[allowed.numpy()]
+                assert exact[row] >= of_allowed.max() - SUM_ROUNDING
+                assert similarity == pytest.approx(min(max(of_allowed.max(), -1), 1), abs=SUM_ROUNDING)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_the_allowed_rows_the_k_nearest_are_found(kind: str) -> None:
+    rows = unit(KINDS[kind](200, 40, 5))
+    queries = queries_for(rows, 5)
+    masks = torch.stack([masks_for(200, i)[i % 5] for i in range(len(queries))])
+    found, similarities = VectorIndex(rows).nearest_k(queries, 20, masks)
+    for i, query in enumerate(queries):
+        exact, allowed = brute_force(query, rows), masks[i].numpy()
+        n_found = min(20, int(allowed.sum()))
+        wanted = np.sort(exact[allowed])[::-1][:n_found].clip(-1, 1)
+        assert similarities[i, :n_found].numpy() == pytest.approx(wanted, abs=SUM_ROUNDING)
+        assert similarities[i, n_found:].isnan().all()
+        chosen = found[i, :n_found].tolist()
+        assert allowed[chosen].all()
+        assert len(set(chosen)) == n_found
+
+
 def require_k_nearest(rows: Tensor, queries: Tensor, k: int, device: str = "cpu") -> None:
     found, similarities = (each.cpu() for each in VectorIndex(rows.to(device)).nearest_k(queries.to(device), k))
     assert found.shape == similarities.shape == (len(queries), min(k, len(rows)))

@@ -131,6 +131,27 @@ def write_tries(folder: Path, n_tries: int, n_rows: int = 8192, hidden_size: int
     return dict.fromkeys(range(n_tries), n_rows)
 
 
+@pytest.mark.parametrize("least", [2, 3, 99])
+def test_rows_of_shorter_chunks_are_left_out(whole: Path, least: int) -> None:
+    every = open_datastore(whole, device=CPU, max_bytes=10**9)
+    long = open_datastore(whole, device=CPU, max_bytes=10**9, min_chunk_length=least)
+    n_kept = 0
+    for token_id in every.n_rows:
+        of_all, found = every.trie(token_id), long.trie(token_id)
+        assert of_all is not None
+        rows = [row for row in range(len(of_all.windows)) if len(of_all.chunk(row)) >= least]
+        n_kept += len(rows)
+        if found is None:
+            assert not rows
+            assert long.trie(token_id) is None  # when it is asked for again, too
+            continue
+        assert [found.chunk(i) for i in range(len(found.windows))] == [of_all.chunk(row) for row in rows]
+        assert found.context_vectors.tolist() == of_all.context_vectors[rows].tolist()
+        places = list(zip(of_all.windows[rows], of_all.positions[rows], strict=True))
+        assert list(zip(found.windows, found.positions, strict=True)) == places
+    assert (n_kept > 0) == (least < 99)
+
+
 def test_the_least_recently_used_tries_are_dropped_as_indices_grow(tmp_path: Path) -> None:
     n_rows = write_tries(tmp_path, 3)
     n_bytes = read_flattened(tmp_path, 0, 128, CPU).n_bytes
