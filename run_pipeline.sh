@@ -68,9 +68,8 @@ Generation
   --prompt_file FILE         prompts (default: examples/prompts.json for python-docs, else cut from the test split)
   --prompt_template TEXT     put around each prompt, which {prompt} in it stands for (default: none)
   --chat                     wrap prompts in the tokenizer's chat template
-  --similarity_threshold θ   in [-1, 1]: cosine similarity from which a chunk is accepted (default: $similarity_threshold,
-                             which chooses θ and δ by the validation split, or where that is empty by the datastore's own
-                             text)
+  --similarity_threshold θ   in [-1, 1]: cosine similarity from which a chunk is accepted; or auto, which chooses θ and
+                             δ by the validation split, or by the datastore's own text (default: $similarity_threshold)
   --max_cost NATS            what auto may lose a token of the text's likelihood under the model (default: eval.py's)
   --min_first_token_prob δ   in [0, 1]: share of the LM's likeliest token that the LM must give a chunk's first token
                              (default: 0, which does not ask the LM; needs a θ)

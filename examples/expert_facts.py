@@ -44,6 +44,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--temperature", type=Range(float, least=0), default=0.0, help="of the LM's tokens; 0 is greedy"
     )
     parser.add_argument("--seed", type=NON_NEGATIVE_INT, default=0, help="of the drawing of tokens")
+    parser.add_argument(
+        "--min_first_token_prob", type=Range(float, least=0, most=1), default=0.0, metavar="δ", help="as eval.py's"
+    )
     args = parser.parse_args(argv)
     args.model_path = args.model_path or str(ROOT / MODEL)
     args.directory = args.directory or ROOT / DIRECTORY
@@ -103,7 +106,8 @@ def measure(args: argparse.Namespace, held_out: list["Question"], reported: list
     tries = trie_folder_path(args.output_dir / "tries", *LABELS, THRESHOLD)
     datastore = open_datastore(tries, device=lm.device, max_bytes=10**9)
     tokenizer = load_tokenizer(args.model_path, args.cache_dir)
-    asker = Asker(lm, tokenizer, datastore, args.max_new_tokens, args.temperature, args.seed)
+    how = (args.max_new_tokens, args.temperature, args.seed, args.min_first_token_prob)
+    asker = Asker(lm, tokenizer, datastore, *how)
     facts = {question.fact for question in (*held_out, *reported)}
     by_threshold = {
         threshold: count(zip(held_out, asker.ask(held_out, WITH_CHUNKS, threshold), strict=True), facts)

@@ -84,7 +84,10 @@ def _is_entry(entry: Any) -> bool:
 
 
 class Asker:
-    """Generates answers of so many tokens, drawn with a seed at a temperature, 0 for greedy ones."""
+    """Generates answers of so many tokens, drawn with a seed at a temperature, 0 for greedy ones.
+
+    min_first_token_prob: δ, by which the LM lets a chunk propose.
+    """
 
     def __init__(
         self,
@@ -94,22 +97,27 @@ class Asker:
         max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
+        min_first_token_prob: float = 0.0,
     ) -> None:
         self._lm, self._tokenizer, self._datastore = lm, tokenizer, datastore
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
+        self._min_first_token_prob = min_first_token_prob
 
     def ask(self, questions: Sequence[Question], way: str, threshold: float = 1.0) -> list[str]:
         """The new text after each prompt. threshold: θ of the chunks.
 
         Raises InputError where a prompt and its answer exceed the model's positions.
         """
-        retriever = Retriever(self._datastore, Acceptance(threshold)) if way == WITH_CHUNKS else None
+        retriever = self._retriever(threshold) if way == WITH_CHUNKS else None
         texts = {each.index: each.new_token_ids for each in self._generate(questions, way, retriever)}
         return [str(self._tokenizer.decode(texts[n])) for n in range(len(questions))]
 
+    def _retriever(self, threshold: float) -> Retriever:
+        return Retriever(self._datastore, Acceptance(threshold, min_first_token_prob=self._min_first_token_prob))
+
     def thresholds(self, questions: Sequence[Question]) -> list[float]:
         """Quantiles of the similarities that the questions' chunks have: what θ means differs from model to model."""
-        generations = self._generate(questions, WITH_CHUNKS, Retriever(self._datastore, Acceptance(-1)))
+        generations = self._generate(questions, WITH_CHUNKS, self._retriever(-1))
         similarities = [proposal.similarity for each in generations if each.trace for proposal in each.trace.proposals]
         if not similarities:
             raise InputError("no question or answer ends with an entry token of the datastore; mark what follows names")

@@ -46,6 +46,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=[0.0, 1.0],
         help="of the LM's tokens; 0 is greedy",
     )
+    parser.add_argument(
+        "--min_first_token_prob", type=Range(float, least=0, most=1), default=0.0, metavar="δ", help="as eval.py's"
+    )
     add_seeds(parser)
     parser.add_argument("--output", type=Path, help="JSON file of all results")
     args = parser.parse_args(argv)
@@ -83,6 +86,7 @@ def ask(args: argparse.Namespace, seed: int, temperature: float) -> dict[str, An
     flags: list[object] = ["--model_path", args.model_path, "--device", args.device, "--dtype", args.dtype]
     flags += ["--cache_dir", args.cache_dir] if args.cache_dir else []
     flags += ["--n_held_out", args.n_held_out, "--max_new_tokens", args.max_new_tokens]
+    flags += ["--min_first_token_prob", args.min_first_token_prob]
     flags += ["--temperature", temperature, "--seed", seed, "--directory", directory, "--output_dir", folder]
     run_example("examples/expert_facts.py", *flags)
     found: dict[str, Any] = read_json(folder / "expert_facts.json")

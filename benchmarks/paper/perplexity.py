@@ -162,8 +162,8 @@ class _RandomIndex:
     n_rows: int
     generator: torch.Generator
 
-    def nearest_k(self, queries: Tensor, n_neighbors: int) -> tuple[Tensor, Tensor]:
-        """As of `VectorIndex`."""
+    def nearest_k(self, queries: Tensor, n_neighbors: int, allowed: None) -> tuple[Tensor, Tensor]:
+        """As of `VectorIndex`, without a restriction."""
         k = min(n_neighbors, self.n_rows)
         order = torch.rand(len(queries), self.n_rows, generator=self.generator).topk(k, dim=1).indices
         return order, torch.zeros(len(queries), k, dtype=torch.float64)

@@ -315,7 +315,7 @@ def _nearest(
         if k == 1:
             rows, similarities = (each[:, None] for each in trie.index.nearest_batch(states))
         else:
-            rows, similarities = trie.index.nearest_k(states, k)
+            rows, similarities = trie.index.nearest_k(states, k, None)
         return rows.cpu().numpy(), similarities.cpu().numpy(), np.zeros(rows.shape, dtype=np.float32)
     logits, device = queries.logits, queries.logits.device
     first_ids = trie.first_ids.to(device)
