@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from utils.evaluation.runner import EvaluationSettings
 
 AUTO = "auto"
-MAX_COST = 0.05  # of the table in docs/choosing-gamma-theta.md
+MAX_COST = 0.2  # of the table in docs/choosing-gamma-theta.md
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -72,8 +72,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=Range(float, above=0),
         default=MAX_COST,
         metavar="NATS",
-        help="what auto may lose a token: how much less likely the LM finds the text than its own, so 0.05 lets the"
-        " perplexity grow by 5%%",
+        help="what auto may lose a token: by how many nats the LM finds the text less likely than its own, estimated on text"
+        " that is given",
     )
     parser.add_argument(
         "--threshold_text",
@@ -243,7 +243,7 @@ def refuse_flags_of_auto(parser: StageParser, args: argparse.Namespace) -> None:
     """Refuse what --similarity_threshold auto chooses itself, or does not choose for."""
     if not args.prompt_file or args.gen_baseline_only or args.decoding == "verify":
         parser.error(
-            "--similarity_threshold auto: is for chunks that are generated; give --prompt_file and a datastore"
+            "--similarity_threshold: auto is for chunks that are generated; give --prompt_file and a datastore"
         )
     names = ("min_first_token_prob", "reject_repeats", "neighbors", "acceptance", "acceptance_map", "fit_acceptance")
     parser.refuse_flags(args, names, "is not for --similarity_threshold auto, which chooses how chunks are accepted")

@@ -19,6 +19,8 @@ ALONE, VERIFY = ("--gen_baseline_only",), ("--decoding", "verify")
 NEEDS_TEXT = "is about texts, so it needs --perplexity_file or --fit_acceptance"
 NEEDS_DRAFTS = "is about drafts, so it needs --decoding verify"
 NO_CHUNKS = "is about the acceptance of chunks, of which there is none here"
+FOR_CHUNKS = "auto is for chunks that are generated; give --prompt_file and a datastore"
+CHOSEN = "is not for --similarity_threshold auto, which chooses how chunks are accepted"
 NEEDS_PROMPTS = "is about generation, so it needs --prompt_file"
 
 OF_TEXTS: tuple[str, ...] = (
@@ -48,6 +50,14 @@ IDLE = [
     *((flag, (*PROMPTS, *ALONE), NO_CHUNKS) for flag in OF_ACCEPTANCE),
     *((flag, (*STORE, *PROMPTS, *VERIFY), NO_CHUNKS) for flag in OF_ACCEPTANCE),
     ("--sweep_similarity_threshold 0.5", (*TEXT, *ALONE), NO_CHUNKS),
+    ("--min_chunk_length 2", (*PROMPTS, *ALONE), "is about a datastore, which is not read here"),
+    ("--max_cost 0.1", (*STORE, *PROMPTS), "needs --similarity_threshold auto"),
+    ("--threshold_text x.json", (*STORE, *PROMPTS), "needs --similarity_threshold auto"),
+    ("--similarity_threshold auto", (*STORE, *TEXT), FOR_CHUNKS),
+    ("--similarity_threshold auto", (*STORE, *PROMPTS, *VERIFY), FOR_CHUNKS),
+    ("--similarity_threshold auto", (*PROMPTS, *ALONE), FOR_CHUNKS),
+    ("--min_first_token_prob 0.2", (*STORE, *PROMPTS, "--similarity_threshold", "auto"), CHOSEN),
+    ("--neighbors 3", (*STORE, *PROMPTS, "--similarity_threshold", "auto"), CHOSEN),
     ("--neighbor_temperature 0.1", (*STORE, *PROMPTS), HAS_ITS_OWN),
     ("--neighbor_temperature 0.1", (*STORE, *FIT, "--neighbors", 4), HAS_ITS_OWN),
     ("--neighbors 4", (*STORE, *PROMPTS, "--acceptance_map", "g.json"), "is in the --acceptance_map"),
