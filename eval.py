@@ -97,7 +97,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reject_repeats",
         action="store_true",
-        help="accept no chunk with which the text would end in the same 2 to 32 tokens twice in a row",
+        help="accept no chunk that the text holds already after the same token, or with which it would end in the same 2 to"
+        " 32 tokens twice in a row",
     )
     parser.add_argument(
         "--min_chunk_length",

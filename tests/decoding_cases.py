@@ -27,10 +27,17 @@ def trie(entry_token_id: int, rows: Sequence[tuple[np.ndarray, list[int]]]) -> T
     return TokenTrie(entry_token_id, vectors, np.concatenate([chunk for _, chunk in rows]), offsets, places, places)
 
 
-def repeats(token_ids: list[int]) -> bool:
-    """Whether a text ends in the same 2 to 32 tokens twice in a row, by trying each length."""
+def repeats(token_ids: list[int], n_new: int) -> bool:
+    """Whether the last n_new tokens repeat the text before them, by trying each length and each place.
+
+    With them the text ends in the same 2 to 32 tokens twice in a row; or it holds them already, two or more, after the
+    same token.
+    """
     lengths = range(2, min(32, len(token_ids) // 2) + 1)
-    return any(token_ids[-n:] == token_ids[-2 * n : -n] for n in lengths)
+    if any(token_ids[-n:] == token_ids[-2 * n : -n] for n in lengths):
+        return True
+    before, run = token_ids[:-n_new], token_ids[-n_new - 1 :]
+    return n_new > 1 and any(before[i : i + len(run)] == run for i in range(len(before) - len(run) + 1))
 
 
 def datastore_near_text(lm: CausalLM, prompts: list[list[int]], n_new: int, wrong: bool = False) -> Datastore:

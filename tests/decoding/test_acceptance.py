@@ -13,9 +13,11 @@ from utils.decoding.acceptance import (
     Acceptance,
     AcceptanceMap,
     ends_in_repeat,
+    holds,
     read_map,
     save_map,
     tail_of,
+    would_repeat,
 )
 from utils.files import InputError
 from utils.json_io import write_json
@@ -105,3 +107,29 @@ def test_a_repeat_may_be_as_long_as_32_tokens_and_no_longer() -> None:
         text = list(range(n))
         assert ends_in_repeat(tail_of([99, *text, *text])).tolist() == [expected]
     assert ends_in_repeat(tail_of([])).tolist() == [False]
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "chunk", "expected"),
+    [
+        ([5, 1, 2, 3, 9, 1], [2, 3], True),  # 1 2 3 stands there already
+        ([5, 1, 2, 3, 9, 1], [2, 4], False),
+        ([5, 1, 2, 3, 9, 8], [2, 3], False),  # after another token
+        ([5, 1, 2, 9, 1], [2], False),  # one token alone is no repeat
+        ([1, 2, 1], [2], True),  # but the same two twice in a row are
+        ([2**24, 1, 2**16, 1], [2**16, 256], False),  # no token begins within another one's bytes
+        ([256, 1, 7, 256], [1, 7], True),
+        ([7, 7], [7, 7], True),
+        ([7], [7, 7], False),
+    ],
+)
+def test_a_chunk_repeats_what_the_text_holds(token_ids, chunk, expected):
+    assert would_repeat(token_ids, chunk) == expected
+
+
+def test_runs_are_found_as_a_loop_finds_them():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        text = rng.choice([0, 1, 256, 65536], 12).tolist()
+        run = rng.choice([0, 1, 256, 65536], int(rng.integers(1, 4))).tolist()
+        assert holds(text, run) == any(text[i : i + len(run)] == run for i in range(len(text) - len(run) + 1))

@@ -59,7 +59,7 @@ def naive(
                     best, found = similarity, token_trie.chunk(row)
             accepted = found and best >= theta and theta < 1
             if accepted and reject_repeats:
-                accepted = not repeats(text + found)
+                accepted = not repeats(text + found, len(found))
             emitted = found if found and accepted else [int(logits[0, -1].argmax())]
             kept: list[int] = []
             for token in emitted:

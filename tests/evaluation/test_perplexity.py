@@ -343,7 +343,7 @@ def test_proposals_that_repeat_the_text_are_left_out(plan_of):
     n_left_out = 0
     for at, text, best in nearest_chunks(lm, store, windows):
         assert best is not None
-        is_repeat = repeats(text + best[1])
+        is_repeat = repeats(text + best[1], len(best[1]))
         assert np.isnan(found.similarities[at]) == is_repeat
         assert found.chunk_lengths[at] == (0 if is_repeat else every.chunk_lengths[at])
         n_left_out += is_repeat

@@ -360,7 +360,7 @@ def card_terms(page: Any) -> dict[str, str]:
     ("left", "changed", "verdict", "state"),
     [
         ((0.95, 0.1), {"min_first_token_prob": 0.3}, 2, "the LM gives its first token less than δ = 0.3"),
-        ((0.95, None), {"reject_repeats": True}, 3, "the text would end in the same tokens twice"),
+        ((0.95, None), {"reject_repeats": True}, 3, "the text would repeat itself"),
     ],
 )
 def test_the_card_of_a_rejected_chunk_names_the_rule(

@@ -6,9 +6,10 @@ file. The policy `threshold` accepts a proposal iff s >= θ, or with a fitted ma
 with probability g(s).
 
 Beyond the paper, the LM may have a say: only rows propose to whose chunk's first token c₁ the LM gives a probability
-p(c₁) >= δ · max p. The logits are there anyway when a chunk is proposed. And a chunk may be rejected with which the text
-would end in the same tokens twice in a row: an LM that has begun to repeat itself finds the next repetition likely. Both
-depend on the text so far alone, as q does, so that the probability of a text stays an exact sum.
+p(c₁) >= δ · max p. The logits are there anyway when a chunk is proposed. And a chunk may be rejected that the text holds
+already, after the same token, or with which it would end in the same tokens twice in a row: an LM that has begun to repeat
+itself finds the next repetition likely. Both depend on the text so far alone, as q does, so that the probability of a text
+stays an exact sum.
 """
 
 from collections.abc import Sequence
@@ -162,6 +163,27 @@ def tail_of(token_ids: Sequence[int]) -> np.ndarray:
     return np.array([[-1] * (2 * LONGEST_REPEAT - len(last)) + list(last)])
 
 
+def would_repeat(token_ids: Sequence[int], chunk: Sequence[int]) -> bool:
+    """Whether a chunk repeats the text that ends in its entry token.
+
+    So it does where it has two tokens or more and the text holds it already, after the same token; or where the text
+    would end in the same SHORTEST_REPEAT to LONGEST_REPEAT tokens twice in a row.
+    """
+    tail = tail_of([*token_ids[-2 * LONGEST_REPEAT :], *chunk])
+    return bool(ends_in_repeat(tail)[0]) or (len(chunk) > 1 and holds(token_ids, [token_ids[-1], *chunk]))
+
+
+def holds(token_ids: Sequence[int], run: Sequence[int]) -> bool:
+    """Whether a run of tokens stands somewhere in a text."""
+    text, wanted = np.array(token_ids, dtype=np.int32).tobytes(), np.array(run, dtype=np.int32).tobytes()
+    at = text.find(wanted)
+    while at % 4 > 0:  # not at the start of a token; -1 % 4 is 3, so it is looked at below
+        if at < 0:
+            return False
+        at = text.find(wanted, at + 1)
+    return True
+
+
 @dataclass(frozen=True)
 class Acceptance:
     """Which proposals become text.
@@ -170,7 +192,7 @@ class Acceptance:
     `threshold` is the acceptance probability from θ on; fitted: a map that takes the place of θ's; min_first_token_prob
     δ in [0, 1]: the least probability of the first token of a chunk that may be proposed, relative to the LM's likeliest, 0 for
     the paper's rule;
-    reject_repeats: whether chunks are rejected with which the text `ends_in_repeat`; neighbors: how K > 1 rows propose
+    reject_repeats: whether chunks are rejected that repeat the text (`would_repeat`); neighbors: how K > 1 rows propose
     where no fitted map says, None for one. Raises ValueError for both: a prefix would have to be asked as the chunk is.
     """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from utils.datastore.search import Search
 from utils.datastore.store import Datastore, TokenTrie
-from utils.decoding.acceptance import LONGEST_REPEAT, Acceptance, ends_in_repeat, tail_of
+from utils.decoding.acceptance import Acceptance, would_repeat
 from utils.lm.scoring import relative_log_probs
 
 
@@ -113,8 +113,8 @@ class Retriever:
         chunk = search.trie.chunk(row)
         accepted = self.acceptance.accepts(similarity, uniforms[0])
         if accepted and self.acceptance.reject_repeats:
-            accepted = not ends_in_repeat(tail_of(token_ids[-2 * LONGEST_REPEAT :] + chunk))[0]
-        return Proposal(chunk, similarity, row, bool(accepted), None if log_prob is None else math.exp(log_prob))
+            accepted = not would_repeat(token_ids, chunk)
+        return Proposal(chunk, similarity, row, accepted, None if log_prob is None else math.exp(log_prob))
 
     def _drawn(self, search: ProposalSearch, uniforms: tuple[float, float]) -> Proposal | None:
         """Of several rows one is drawn, and how much of its chunk; the most similar one says whether it is accepted."""

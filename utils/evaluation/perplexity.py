@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from utils.datastore.store import Datastore, TokenTrie
-from utils.decoding.acceptance import LONGEST_REPEAT, Acceptance, AcceptanceMap, ends_in_repeat, save_map
+from utils.decoding.acceptance import Acceptance, AcceptanceMap, save_map, would_repeat
 from utils.evaluation.marginal import (
     Neighbors,
     Proposals,
@@ -333,14 +333,12 @@ def _nearest(
 
 
 def _would_repeat(trie: TokenTrie, rows: np.ndarray, queries: Positions, positions: np.ndarray) -> np.ndarray:
-    """(n, 1) bool: whether the text would end in a repeat with the chunk of the one row (n, 1) at each position (n,)."""
-    row = rows[:, 0]
-    n_tail, lengths = 2 * LONGEST_REPEAT, trie.chunk_lengths(row)
-    back = np.arange(n_tail - 1, -1, -1)
-    text = queries.entries[np.maximum(positions[:, None] - back, 0)]
-    text = np.where(back <= queries.before[positions, None], text, -1)
-    whole = np.concatenate([text, trie.continuations(row, int(lengths.max()), first=0)], axis=1)
-    return ends_in_repeat(np.take_along_axis(whole, lengths[:, None] + np.arange(n_tail), axis=1))[:, None]
+    """(n, 1) bool: whether the chunk of the one row (n, 1) at each position (n,) would repeat the text before it."""
+    found = [
+        would_repeat(queries.entries[at - n_before : at + 1].tolist(), trie.chunk(row))
+        for row, at, n_before in zip(rows[:, 0], positions, queries.before[positions], strict=True)
+    ]
+    return np.array(found)[:, None]
 
 
 def _agreeing(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from utils.datastore.provenance import Segment, SourceWindow, find_windows, read_windows, segments_around
-from utils.decoding.acceptance import AcceptanceMap, ends_in_repeat, tail_of
+from utils.decoding.acceptance import AcceptanceMap, would_repeat
 from utils.decoding.types import Detokenize, Generation, StepRecord, TokenTexts
 from utils.evaluation.report.rescore import RescoredProposal, RescoredText
 from utils.evaluation.results import BASELINE
@@ -251,8 +251,7 @@ class _Page:
             return 0
         if (chunk.first_token_prob if recorded is None else recorded) < run.min_first_token_prob:
             return VETOED
-        repeats = run.reject_repeats and bool(ends_in_repeat(tail_of(text + chunk.token_ids))[0])
-        return REPEATS if repeats else 0
+        return REPEATS if run.reject_repeats and would_repeat(text, chunk.token_ids) else 0
 
     def _row(self, chunk: RescoredProposal) -> int:
         key = (chunk.entry_token_id, chunk.record.row)

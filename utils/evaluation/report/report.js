@@ -602,7 +602,7 @@
     const head = el(mark.accepted ? "h3" : "h3.maybe", el("span.soft", inline(entry)), el("mark", chunk.trim() ? visible(chunk) : inline(chunk)));
     const at = `at θ = ${theta().toFixed(3)}`;
     const state = mark.accepted ? (shows(mark) ? "Accepted." : `Accepted, but would not be ${at}.`)
-      : isVetoed(mark) && mark.proposal[3] === REPEATS ? "Not accepted: with it the text would end in the same tokens twice."
+      : isVetoed(mark) && mark.proposal[3] === REPEATS ? "Not accepted: with it the text would repeat itself."
       : isVetoed(mark) ? `Not accepted: similar enough, but the LM gives its first token less than δ = ${data.minFirstTokenProb} of the likeliest token's probability.`
       : `Not accepted, but would be ${at}.`;
     const list = el("dl");
