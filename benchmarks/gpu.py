@@ -107,8 +107,9 @@ def steps_of(device: str, dry_run: bool, model: Path | None, folder: Path) -> li
     ]
     if model is not None:
         chat: list[object] = [python, "benchmarks/paper/efficiency.py", "--work", folder / "chat", "--model_gen", model]
-        chat += ["--prompt_file", "examples/chat_questions.json", "--chat", "--tok_prob_thresholds", 0.3]
-        chat += ["--similarity_thresholds", 0.6, "--min_first_token_probs", 0.3, "--seeds", 0, 1]
+        chat += ["--prompt_file", "examples/chat_questions.json", "--chat", "--tok_prob_thresholds", 0.1]
+        chat += ["--similarity_thresholds", 0.8, "--min_first_token_probs", 0.5, "--reject_repeats"]
+        chat += ["--min_chunk_length", 2, "--seeds", 0, 1]
         chat += ["--n_prompts", 2, "--n_answers", 1, "--max_new_tokens", 8] if dry_run else ["--n_answers", 3]
         steps.append(Step("chat", 60, [*chat, *common], "chat.json"))
     return steps
