@@ -171,7 +171,9 @@ def _nearest_rows(
     """For each δ that leaves a row: its number, the most similar row that is of none of these windows, and its similarity."""
     probs = relative_probs(logits[None], trie.first_ids[None].to(logits.device))[0].to(trie.first_ids.device)
     others = torch.from_numpy(~np.isin(trie.windows, list(left_out))).to(probs.device)
-    found: dict[int, tuple[int, float]] = {}  # by how many rows are allowed: those of a greater δ are of a smaller one's
+    found: dict[
+        int, tuple[int, float]
+    ] = {}  # by how many rows are allowed: those of a greater δ are of a smaller one's
     for column, least in enumerate(MIN_FIRST_TOKEN_PROBS):
         allowed = others & (probs >= least)
         n_allowed = int(allowed.sum())

@@ -309,25 +309,35 @@ def _nearest(
     K: as many neighbours as the trie has; where fewer may propose, their similarities are NaN. The last is 0 without logits.
     """
     k = 1 if neighbors is None else neighbors.similarities.shape[1]
-    least = 0.0 if acceptance is None else acceptance.min_first_token_prob
-    if queries.logits is None:
-        states = torch.from_numpy(queries.hidden_states[positions])
-        if k == 1:
-            rows, similarities = (each[:, None] for each in trie.index.nearest_batch(states))
-        else:
-            rows, similarities = trie.index.nearest_k(states, k, None)
-        return rows.cpu().numpy(), similarities.cpu().numpy(), np.zeros(rows.shape, dtype=np.float32)
+    states = torch.from_numpy(queries.hidden_states[positions])
+    if acceptance is not None and acceptance.min_first_token_prob:
+        return _nearest_likely(trie, queries, positions, k, acceptance.min_first_token_prob)
+    if k == 1:
+        rows, similarities = (each[:, None] for each in trie.index.nearest_batch(states))
+    else:
+        rows, similarities = trie.index.nearest_k(states, k, None)
+    log_probs = torch.zeros(rows.shape)
+    if queries.logits is not None:
+        logits = queries.logits[torch.from_numpy(positions).to(queries.logits.device)]
+        log_probs = relative_log_probs(logits, trie.first_ids[rows].to(logits.device))
+    return rows.cpu().numpy(), similarities.cpu().numpy(), log_probs.cpu().numpy()
+
+
+def _nearest_likely(
+    trie: TokenTrie, queries: Positions, positions: np.ndarray, k: int, least: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same, of the rows to whose chunk's first token the LM gives `least` of what it gives its likeliest."""
+    assert queries.logits is not None
     logits, device = queries.logits, queries.logits.device
     first_ids = trie.first_ids.to(device)
     found = []
     for some in np.array_split(positions, len(positions) * len(first_ids) // FIRST_TOKENS_AT_ONCE + 1):
-        if not len(some):
-            continue
-        log_probs = relative_log_probs(logits[torch.from_numpy(some).to(device)], first_ids.expand(len(some), -1))
-        log_probs = log_probs.to(trie.first_ids.device)
-        allowed = log_probs.exp() >= least if least else None
-        rows, similarities = trie.index.nearest_k(torch.from_numpy(queries.hidden_states[some]), k, allowed)
-        found.append([each.cpu().numpy() for each in (rows, similarities, log_probs.gather(1, rows))])
+        if len(some):
+            log_probs = relative_log_probs(logits[torch.from_numpy(some).to(device)], first_ids.expand(len(some), -1))
+            log_probs = log_probs.to(trie.first_ids.device)
+            states = torch.from_numpy(queries.hidden_states[some])
+            rows, similarities = trie.index.nearest_k(states, k, log_probs.exp() >= least)
+            found.append([each.cpu().numpy() for each in (rows, similarities, log_probs.gather(1, rows))])
     rows_of, similarities_of, log_probs_of = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return rows_of, similarities_of, log_probs_of
 
