@@ -56,14 +56,4 @@ class PartOfDatastore(Datastore):
 
     def trie(self, entry_token_id: int) -> TokenTrie | None:
         trie = self._whole.trie(entry_token_id)
-        if trie is None:
-            return None
-        rows = np.flatnonzero(self._is_kept[trie.windows])
-        if not len(rows):
-            return None
-        lengths = trie.chunk_lengths(rows)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        places = np.repeat(trie.chunk_offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        vectors = trie.context_vectors[torch.from_numpy(rows).to(trie.context_vectors.device)]
-        chunk_ids = trie.chunk_ids[places]
-        return TokenTrie(entry_token_id, vectors, chunk_ids, offsets, trie.windows[rows], trie.positions[rows])
+        return None if trie is None else trie.where(self._is_kept[trie.windows])

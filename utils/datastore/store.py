@@ -42,14 +42,13 @@ class TokenTrie:
         """The token ids of a row's chunk, the entry token not among them."""
         return self.chunk_ids[self.chunk_offsets[row] : self.chunk_offsets[row + 1]].tolist()
 
-    def of_chunks_from(self, n_tokens: int) -> "TokenTrie | None":
-        """The rows with chunks of n_tokens or more; None where there is none."""
-        lengths = np.diff(self.chunk_offsets)
-        kept = lengths >= n_tokens
+    def where(self, kept: np.ndarray) -> "TokenTrie | None":
+        """The rows that are kept, (N,) bool; None where none is."""
         if kept.all():
             return self
         if not kept.any():
             return None
+        lengths = np.diff(self.chunk_offsets)
         return TokenTrie(
             self.entry_token_id,
             self.context_vectors[torch.from_numpy(kept).to(self.context_vectors.device)],
@@ -138,7 +137,7 @@ class Datastore:
             self._kept.move_to_end(entry_token_id)
         else:
             whole = read_flattened(self._folder, entry_token_id, self.hidden_size, self._device)
-            trie = whole.of_chunks_from(self._min_chunk_length)
+            trie = whole.where(np.diff(whole.chunk_offsets) >= self._min_chunk_length)
             self._kept[entry_token_id] = trie
         # A trie that is asked often grows an index.
         n_bytes = 0 if trie is None else trie.n_bytes
