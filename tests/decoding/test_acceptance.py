@@ -16,7 +16,6 @@ from utils.decoding.acceptance import (
     holds,
     read_map,
     save_map,
-    tail_of,
     would_repeat,
 )
 from utils.files import InputError
@@ -99,14 +98,14 @@ def test_a_file_that_is_no_map_is_refused(tmp_path: Path, value: Any) -> None:
 def test_a_repeat_is_the_same_tokens_twice_at_the_end(token_ids: list[int]) -> None:
     lengths = range(2, min(LONGEST_REPEAT, len(token_ids) // 2) + 1)
     expected = any(token_ids[-n:] == token_ids[-2 * n : -n] for n in lengths)
-    assert ends_in_repeat(tail_of(token_ids)).tolist() == [expected]
+    assert ends_in_repeat(token_ids) == expected
 
 
 def test_a_repeat_may_be_as_long_as_32_tokens_and_no_longer() -> None:
     for n, expected in ((31, True), (32, True), (33, False)):
         text = list(range(n))
-        assert ends_in_repeat(tail_of([99, *text, *text])).tolist() == [expected]
-    assert ends_in_repeat(tail_of([])).tolist() == [False]
+        assert ends_in_repeat([99, *text, *text]) == expected
+    assert not ends_in_repeat([])
 
 
 @pytest.mark.parametrize(

@@ -135,20 +135,17 @@ class VectorIndex:
             raise ValueError(
                 f"the query has shape {tuple(query.shape)}, the rows have {self._rows.shape[1]} dimensions"
             )
+        if self._array is not None and allowed is not None:  # for which no copy is of use
+            return Search(self, self._nearest_of_allowed(_prepare(query.detach()), allowed))
         self._count(1)
         if self._array is None:
             return self._search_on_device(query, allowed)
         prepared = _prepare(query.detach())
-        if allowed is not None:
-            return Search(self, self._nearest_of_allowed(prepared, allowed))
         return Search(self, (0, 0.0) if prepared is None else self._nearest_on_host(prepared, None))
 
     def nearest_batch(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """As `nearest` for queries (M, D): rows (M,) int64 and similarities (M,) float64, on the rows' device."""
-        if queries.ndim != 2 or queries.shape[1] != self._rows.shape[1]:
-            raise ValueError(
-                f"the queries have shape {tuple(queries.shape)}, the rows have {self._rows.shape[1]} dimensions"
-            )
+        self._require_queries(queries)
         self._count(len(queries))
         step = min(max(SCORES_AT_ONCE // len(self._rows), 1), 256)
         found = [self._nearest_of_block(block) for block in queries.detach().split(step) if len(block)]
@@ -163,10 +160,7 @@ class VectorIndex:
         Returns rows (M, K) int64 and similarities (M, K) float64 in [-1, 1], K being the lesser of n_neighbors >= 1 and N,
         on the rows' device; similarity NaN where fewer rows are allowed.
         """
-        if queries.ndim != 2 or queries.shape[1] != self._rows.shape[1]:
-            raise ValueError(
-                f"the queries have shape {tuple(queries.shape)}, the rows have {self._rows.shape[1]} dimensions"
-            )
+        self._require_queries(queries)
         k = min(n_neighbors, len(self._rows))
         n_compared = min(k + MORE_THAN_K, len(self._rows))
         # The rows that are compared are gathered in float64.
@@ -177,6 +171,12 @@ class VectorIndex:
         if not found:
             return self._rows.new_empty((0, k), dtype=torch.int64), self._rows.new_empty((0, k), dtype=torch.float64)
         return torch.cat([rows for rows, _ in found]), torch.cat([similarities for _, similarities in found])
+
+    def _require_queries(self, queries: Tensor) -> None:
+        if queries.ndim != 2 or queries.shape[1] != self._rows.shape[1]:
+            raise ValueError(
+                f"the queries have shape {tuple(queries.shape)}, the rows have {self._rows.shape[1]} dimensions"
+            )
 
     # ---- One query on the host: numpy on what torch multiplied, since numpy's own threads would get in torch's way
 

@@ -73,8 +73,9 @@ class NeighborMixture:
 def _inverse(probabilities: np.ndarray, uniform: float) -> tuple[int, float]:
     """The first whose cumulative probability is above uniform in [0, 1), and where in its own share uniform lies."""
     upper = np.cumsum(probabilities)
-    chosen = min(int(np.searchsorted(upper, uniform * upper[-1], side="right")), len(upper) - 1)
-    chosen = min(chosen, int(np.flatnonzero(probabilities)[-1]))  # rounding leaves none of no probability
+    # Rounding may lead past the last that has a probability.
+    last = int(np.flatnonzero(probabilities)[-1])
+    chosen = min(int(np.searchsorted(upper, uniform * upper[-1], side="right")), last)
     lower = upper[chosen] - probabilities[chosen]
     return chosen, float(np.clip((uniform * upper[-1] - lower) / probabilities[chosen], 0.0, 1 - 1e-16))
 
@@ -135,32 +136,18 @@ def _mixture_of(found: dict[str, Any] | None) -> NeighborMixture | None:
     """Raises ValueError, KeyError or TypeError where it is none."""
     if found is None:
         return None
-    n_neighbors, temperature = int(found["n_neighbors"]), float(found["temperature"])
+    n_neighbors, temperature, lm_power = (float(found[name]) for name in ("n_neighbors", "temperature", "lm_power"))
     continuation = tuple(float(each) for each in found["continuation"])
-    if n_neighbors < 1 or not 0 < temperature < np.inf or not continuation:
+    is_mixture = n_neighbors >= 1 and 0 < temperature < np.inf and 0 <= lm_power < np.inf
+    if not (is_mixture and continuation and all(0 <= each <= 1 for each in continuation)):
         raise ValueError("no mixture of neighbours")
-    lm_power = float(found["lm_power"])
-    if not (0 <= lm_power < np.inf and all(0 <= each <= 1 for each in continuation)):
-        raise ValueError("no mixture of neighbours")
-    return NeighborMixture(n_neighbors, temperature, continuation, lm_power)
+    return NeighborMixture(int(n_neighbors), temperature, continuation, lm_power)
 
 
-def ends_in_repeat(tails: np.ndarray) -> np.ndarray:
-    """(n,) bool: whether a text ends in the same SHORTEST_REPEAT to LONGEST_REPEAT tokens twice in a row.
-
-    tails (n, 2 * LONGEST_REPEAT): the last token ids of each text, -1 on the left where it is shorter.
-    """
-    found = np.zeros(len(tails), dtype=bool)
-    for length in range(SHORTEST_REPEAT, LONGEST_REPEAT + 1):
-        last, before = tails[:, -length:], tails[:, -2 * length : tails.shape[1] - length]
-        found |= (last == before).all(axis=1) & (before[:, 0] >= 0)
-    return found
-
-
-def tail_of(token_ids: Sequence[int]) -> np.ndarray:
-    """(1, 2 * LONGEST_REPEAT): the end of a text, as `ends_in_repeat` takes it."""
-    last = token_ids[-2 * LONGEST_REPEAT :]
-    return np.array([[-1] * (2 * LONGEST_REPEAT - len(last)) + list(last)])
+def ends_in_repeat(token_ids: Sequence[int]) -> bool:
+    """Whether a text ends in the same SHORTEST_REPEAT to LONGEST_REPEAT tokens twice in a row."""
+    lengths = range(SHORTEST_REPEAT, min(LONGEST_REPEAT, len(token_ids) // 2) + 1)
+    return any(token_ids[-n:] == token_ids[-2 * n : -n] for n in lengths)
 
 
 def would_repeat(token_ids: Sequence[int], chunk: Sequence[int]) -> bool:
@@ -169,8 +156,8 @@ def would_repeat(token_ids: Sequence[int], chunk: Sequence[int]) -> bool:
     So it does where it has two tokens or more and the text holds it already, after the same token; or where the text
     would end in the same SHORTEST_REPEAT to LONGEST_REPEAT tokens twice in a row.
     """
-    tail = tail_of([*token_ids[-2 * LONGEST_REPEAT :], *chunk])
-    return bool(ends_in_repeat(tail)[0]) or (len(chunk) > 1 and holds(token_ids, [token_ids[-1], *chunk]))
+    end = [*token_ids[-2 * LONGEST_REPEAT :], *chunk]
+    return ends_in_repeat(end) or (len(chunk) > 1 and holds(token_ids, [token_ids[-1], *chunk]))
 
 
 def holds(token_ids: Sequence[int], run: Sequence[int]) -> bool:
@@ -190,10 +177,10 @@ class Acceptance:
 
     similarity_threshold θ in [-1, 1], where 1 disables retrieval; q_max in (0, 1) caps the default map, and under
     `threshold` is the acceptance probability from θ on; fitted: a map that takes the place of θ's; min_first_token_prob
-    δ in [0, 1]: the least probability of the first token of a chunk that may be proposed, relative to the LM's likeliest, 0 for
-    the paper's rule;
-    reject_repeats: whether chunks are rejected that repeat the text (`would_repeat`); neighbors: how K > 1 rows propose
-    where no fitted map says, None for one. Raises ValueError for both: a prefix would have to be asked as the chunk is.
+    δ in [0, 1]: the least probability of the first token of a chunk that may be proposed, relative to the LM's likeliest,
+    0 for the paper's rule; reject_repeats: whether chunks are rejected that repeat the text (`would_repeat`); neighbors:
+    how K > 1 rows propose where no fitted map says, None for one. Raises ValueError where a mixture is to reject repeats:
+    a prefix would have to be asked as the chunk is.
     """
 
     similarity_threshold: float
@@ -205,7 +192,7 @@ class Acceptance:
     neighbors: NeighborMixture | None = None
 
     def __post_init__(self) -> None:
-        if self.reject_repeats and self.n_neighbors > 1:
+        if self.reject_repeats and self.mixture is not None:
             raise ValueError("repeats are rejected where one row proposes its whole chunk, not where several do")
 
     @property

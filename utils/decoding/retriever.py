@@ -39,9 +39,7 @@ class ProposalSearch:
     trie: TokenTrie
     index_search: Search | None  # None: `neighbors` has what was found
     neighbors: tuple[np.ndarray, np.ndarray] | None = None  # K rows and similarities, most similar first
-    first_log_probs: Tensor | None = (
-        None  # (N,) of each row's first token, as `relative_log_probs`; None: not asked for
-    )
+    first_log_probs: Tensor | None = None  # (N,) `relative_log_probs` of each row's first token; None: not asked for
 
     @property
     def is_pending(self) -> bool:
@@ -126,7 +124,7 @@ class Retriever:
             return None
         log_probs: np.ndarray | None = None
         if search.first_log_probs is not None:
-            log_probs = search.first_log_probs.cpu().numpy()[rows]
+            log_probs = search.first_log_probs[torch.from_numpy(rows)].cpu().numpy()
         chosen, n_tokens = 0, None
         is_accepted = self.acceptance.accepts(float(similarities[0]), uniforms[0])
         if is_accepted:
