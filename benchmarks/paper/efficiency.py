@@ -48,14 +48,14 @@ from benchmarks.paper.generating import (
 )
 from benchmarks.paper.rouge import require_rouge, rouge_l
 from utils.cli import COSINE, POSITIVE_INT, Parser, Range, run_script
-from utils.datastore.store import Datastore, reads_bos
+from utils.datastore.store import Datastore
 from utils.decoding.acceptance import Acceptance
 from utils.decoding.types import Generation
-from utils.evaluation.calibration import choose, find_candidates, window_tokens, windows_of_datastore
+from utils.evaluation.calibration import candidates_for, choose
 from utils.files import file_fingerprint, make_folder
 from utils.json_io import write_json
 from utils.text.corpora import split_path
-from utils.text.prompts import added_tokens, read_prompts
+from utils.text.prompts import read_prompts
 
 # The answers are windows of their own, each with its prompt in front as when it is asked again: no token is context only.
 SKIP_FIRST_TOKENS = 0
@@ -215,19 +215,15 @@ def grid(args: argparse.Namespace) -> list[Setting]:
 
 def chosen(asking: Asking, gamma: float, trie_folder: Path, datastore: Datastore) -> list[Setting]:
     """What auto chooses for a datastore, at each cost."""
-    costs, lm = sorted(set(asking.args.max_costs)), asking.lm
+    costs, temperature = sorted(set(asking.args.max_costs)), asking.args.temperature
     if not costs:
         return []
-    prefix_ids = added_tokens(asking.tokenizer)[0] if reads_bos(trie_folder) else []
-    windows = windows_of_datastore(trie_folder, window_tokens(lm.n_positions, len(prefix_ids)))
-    candidates = find_candidates(lm, datastore, windows, asking.args.temperature, prefix_ids)
+    folder = asking.args.work
+    candidates = candidates_for(asking.lm, asking.tokenizer, datastore, trie_folder, temperature, None, folder)
     found = []
     for max_cost in costs:
         choice = choose(candidates, max_cost)
-        rule = Acceptance(
-            choice.similarity_threshold, min_first_token_prob=choice.min_first_token_prob, reject_repeats=True
-        )
-        found.append(Setting(gamma, rule, max_cost))
+        found.append(Setting(gamma, choice.applied_to(Acceptance(1.0)), max_cost))
         expected = f"{choice.saved:.1%} of the passes at {choice.cost:.3f} nats a token"
         print(f"{found[-1].name}, expected: {expected}")
     return found

@@ -231,7 +231,7 @@ def test_the_command_chooses_once_and_says_what_it_expects(made, run_stage, tmp_
     results = json.loads((tmp_path / "out" / "prompt_0.json").read_text())
     assert f"generation_t{saved['similarity_threshold']}_text" in results["generation"]
     monkeypatch.setattr(calibration, "find_candidates", None)  # not asked again
-    monkeypatch.setattr("utils.evaluation.runner.find_candidates", None)
+    monkeypatch.setattr("utils.evaluation.runner.candidates_for", None)
     run_stage("eval.py", *made.eval_flags(tmp_path / "out", *flags))
     assert said[0] in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ proposals of every position are found and read too, and each window is walked th
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from utils.datastore.provenance import find_windows, read_windows
-from utils.datastore.store import Datastore, TokenTrie
+from utils.datastore.store import Datastore, TokenTrie, reads_bos
 from utils.datastore.trie_files import MANIFEST, STAGE
+from utils.decoding.acceptance import Acceptance
 from utils.evaluation.perplexity import plan_text
 from utils.files import InputError
 from utils.json_io import read_json
@@ -30,6 +31,7 @@ from utils.lm.model import CausalLM
 from utils.lm.scoring import relative_probs, require_finite, score_windows
 from utils.manifest import read_finished
 from utils.progress import ProgressBar
+from utils.text.prompts import added_tokens
 from utils.text.windows import WindowShape
 
 CHOSEN_THRESHOLD = "threshold.json"
@@ -58,6 +60,11 @@ class Choice:
     min_first_token_prob: float
     saved: float
     cost: float
+
+    def applied_to(self, acceptance: Acceptance) -> Acceptance:
+        """The rule with this θ and δ, and without repeats."""
+        theta, least = self.similarity_threshold, self.min_first_token_prob
+        return replace(acceptance, similarity_threshold=theta, min_first_token_prob=least, reject_repeats=True)
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,29 @@ def read_choice(path: Path, inputs: dict[str, Any]) -> Choice | None:
 # ---- Proposals and their costs
 
 
+def candidates_for(
+    lm: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    datastore: Datastore,
+    trie_folder: Path,
+    temperature: float,
+    text: Path | None,
+    folder: Path,
+) -> Candidates:
+    """The proposals of a datastore, that of the trie folder, in a text; None: in its own.
+
+    temperature: at which the LM's tokens are drawn; folder: for a temporary file. Raises InputError where the text has no
+    passages, stage 3's list of windows is missing, or the model computes NaN or infinity.
+    """
+    prefix_ids = added_tokens(tokenizer)[0] if reads_bos(trie_folder) else []
+    n_tokens = WINDOW_TOKENS if lm.n_positions is None else min(WINDOW_TOKENS, lm.n_positions - len(prefix_ids))
+    if text is None:
+        windows = windows_of_datastore(trie_folder, n_tokens)
+    else:
+        windows = windows_of_text(text, tokenizer, n_tokens, folder)
+    return find_candidates(lm, datastore, windows, temperature, prefix_ids)
+
+
 @torch.inference_mode()
 def find_candidates(
     lm: CausalLM,
@@ -171,9 +201,8 @@ def _nearest_rows(
     """For each δ that leaves a row: its number, the most similar row that is of none of these windows, and its similarity."""
     probs = relative_probs(logits[None], trie.first_ids[None].to(logits.device))[0].to(trie.first_ids.device)
     others = torch.from_numpy(~np.isin(trie.windows, list(left_out))).to(probs.device)
-    found: dict[
-        int, tuple[int, float]
-    ] = {}  # by how many rows are allowed: those of a greater δ are of a smaller one's
+    # By how many rows are allowed: those of a greater δ are of a smaller one's.
+    found: dict[int, tuple[int, float]] = {}
     for column, least in enumerate(MIN_FIRST_TOKEN_PROBS):
         allowed = others & (probs >= least)
         n_allowed = int(allowed.sum())
@@ -241,11 +270,6 @@ def _groups(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 # ---- The text
-
-
-def window_tokens(n_positions: int | None, n_prefix: int) -> int:
-    """How many tokens of a text are read together, with n_prefix before them, by a model that reads n_positions."""
-    return WINDOW_TOKENS if n_positions is None else min(WINDOW_TOKENS, n_positions - n_prefix)
 
 
 def windows_of_text(

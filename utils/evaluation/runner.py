@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils.datastore.store import Datastore, open_datastore, reads_bos, require_made_with
 from utils.datastore.trie_files import HIDDEN_STATES_MANIFEST
-from utils.decoding.acceptance import Acceptance, AcceptanceMap, read_map
+from utils.decoding.acceptance import Acceptance, read_map
 from utils.decoding.draft import DraftSettings, RetrievalDrafter
 from utils.decoding.draft_policy import DraftPolicy
 from utils.decoding.loop import Decoding, decode, n_slots_for
@@ -22,13 +22,9 @@ from utils.decoding.retriever import Retriever
 from utils.decoding.types import Generation, Request
 from utils.evaluation.calibration import (
     CHOSEN_THRESHOLD,
-    Choice,
+    candidates_for,
     choose,
-    find_candidates,
     read_choice,
-    window_tokens,
-    windows_of_datastore,
-    windows_of_text,
 )
 from utils.evaluation.perplexity import FITTED_MAP, TextReader, evaluate_perplexity, fit_acceptance, format_perplexity
 from utils.evaluation.report.page import ReportRun, write_report
@@ -197,13 +193,12 @@ class Evaluation:
             require_made_with(folder, model.path, tokenizer, self._model_fingerprint)
             if prefix_ids and (prompts or settings.texts.with_bos) and not reads_bos(folder):
                 LOGGER.warning("%s: was made without the BOS that is read here, so that %s", folder, LACKS_BOS)
-        self._rule = settings.acceptance
-        map_path = settings.acceptance_map
-        self._fitted: AcceptanceMap | None = read_map(map_path) if map_path else None
-        if self._fitted is not None and self._fitted.mixture is not None and settings.acceptance.reject_repeats:
-            raise InputError(
-                f"{map_path}: is of several rows that propose; leave out --reject_repeats, which is about one"
-            )
+        self._acceptance, map_path = settings.acceptance, settings.acceptance_map
+        if map_path is not None:
+            try:
+                self._acceptance = replace(self._acceptance, fitted=read_map(map_path))
+            except ValueError as error:
+                raise InputError(f"{map_path}: {error}; leave out --reject_repeats") from error
         self._similarities: list[float] = []  # of this command's proposals
         self._parts: list[str] = []  # of the summary
 
@@ -215,7 +210,7 @@ class Evaluation:
         if texts.fit_acceptance:
             self._fit(texts.fit_acceptance)
         if texts.perplexity_file:
-            thresholds = texts.thresholds or [self._rule.similarity_threshold]
+            thresholds = texts.thresholds or [self._acceptance.similarity_threshold]
             thresholds = [] if self._settings.datastore is None else thresholds
             found = evaluate_perplexity(
                 self._text_reader(), texts.perplexity_file, self._settings.save_dir, thresholds, self._acceptance
@@ -259,12 +254,8 @@ class Evaluation:
         return datastore
 
     @property
-    def _acceptance(self) -> Acceptance:
-        return replace(self._rule, fitted=self._fitted)
-
-    @property
     def _run_name(self) -> str:
-        return run_name(self._generation.decoding, self._rule.similarity_threshold)
+        return run_name(self._generation.decoding, self._acceptance.similarity_threshold)
 
     def _decode_text(self, token_ids: list[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
@@ -288,31 +279,24 @@ class Evaluation:
         }
         choice = read_choice(path, inputs)
         if choice is None:
-            choice = self._best_threshold(auto, datastore.trie_folder)
+            temperature, folder = self._drawing["temperature"], datastore.trie_folder
+            text, save_dir = auto.text, self._settings.save_dir
+            found = candidates_for(self._lm, self._tokenizer, self._datastore, folder, temperature, text, save_dir)
+            choice = choose(found, auto.max_cost)
             write_json(path, {"inputs": inputs, "choice": asdict(choice)}, indent=2)
         theta, least = choice.similarity_threshold, choice.min_first_token_prob
-        self._rule = replace(self._rule, similarity_threshold=theta, min_first_token_prob=least, reject_repeats=True)
+        self._acceptance = choice.applied_to(self._acceptance)
         where = f"{datastore.trie_folder}, each window without its passage's rows" if auto.text is None else auto.text
         expected = f"{choice.saved:.1%} of the forward passes saved at {choice.cost:.3f} nats a token"
         if choice.saved == 0:
             expected = f"nothing is saved at {auto.max_cost:g} nats a token; give a higher --max_cost"
         self._parts.append(f"θ {theta:g} and δ {least:g}, chosen by the text of {where}; expected there: {expected}")
 
-    def _best_threshold(self, auto: AutoThreshold, trie_folder: Path) -> Choice:
-        prefix_ids = added_tokens(self._tokenizer)[0] if reads_bos(trie_folder) else []
-        n_tokens = window_tokens(self._lm.n_positions, len(prefix_ids))
-        if auto.text is None:
-            windows = windows_of_datastore(trie_folder, n_tokens)
-        else:
-            windows = windows_of_text(auto.text, self._tokenizer, n_tokens, self._settings.save_dir)
-        temperature = self._drawing["temperature"]
-        found = find_candidates(self._lm, self._datastore, windows, temperature, prefix_ids)
-        return choose(found, auto.max_cost)
-
     def _fit(self, path: Path) -> None:
         save_dir = self._settings.save_dir
-        self._fitted = fit_acceptance(self._text_reader(), path, save_dir, self._rule)
-        origin, n_tokens = self._fitted.origin, self._fitted.origin["tokens"]
+        fitted = fit_acceptance(self._text_reader(), path, save_dir, self._acceptance)
+        self._acceptance = replace(self._acceptance, fitted=fitted)
+        origin, n_tokens = fitted.origin, fitted.origin["tokens"]
         shown = ", ".join(
             f"{name} {np.exp(-origin[f'log_likelihood_{name}'] / n_tokens):.3f}"
             for name in ("base", "constant", "fitted")
@@ -574,7 +558,7 @@ class Evaluation:
             reject_repeats=acceptance.reject_repeats,
             policy=acceptance.policy,
             acceptance_map=acceptance.acceptance_map if proposes else None,
-            is_fitted=self._fitted is not None,
+            is_fitted=acceptance.fitted is not None,
             corpus="" if datastore is None else f"{datastore.dataset}, {datastore.partition}",
             trie_folder=None if datastore is None else datastore.trie_folder,
         )
@@ -593,7 +577,7 @@ class Evaluation:
             "prompts": self._generation.prompt_file,
         }
         if datastore is not None:
-            theta = self._rule.similarity_threshold
+            theta = self._acceptance.similarity_threshold
             facts |= {"datastore": datastore.trie_folder, "γ": datastore.tok_prob_threshold, "θ": theta}
         facts |= {name: value for name, value in run_settings.items() if name not in ("model", "datastore")}
         return [(name.replace("_", " "), str(value)) for name, value in facts.items() if value not in (None, [])]
