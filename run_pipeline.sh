@@ -73,7 +73,7 @@ Generation
   --max_cost NATS            what auto may lose a token of the text's likelihood under the model (default: eval.py's)
   --min_first_token_prob δ   in [0, 1]: share of the LM's likeliest token that the LM must give a chunk's first token
                              (default: 0, which does not ask the LM; needs a θ)
-  --reject_repeats           accept no chunk with which the text would repeat its last tokens
+  --reject_repeats           accept no chunk that repeats the text (auto does so too)
   --acceptance NAME          threshold or bernoulli (default: threshold)
   --max_new_tokens N         per prompt (default: $max_new_tokens)
   --temperature T            of the model's tokens; 0 is greedy (default: $temperature)

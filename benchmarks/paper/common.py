@@ -124,6 +124,11 @@ def run_table(
 # ---- Texts in windows
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    """(T,) int64 token ids of a text, nothing added."""
+    return np.array(tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Split:
     """A split that perplexity is measured on, in windows that are the same for all models."""
@@ -138,9 +143,7 @@ class Split:
         """folder: for a temporary file. Raises InputError where the file has no windows."""
         shape = WindowShape(args.perplexity_window, args.perplexity_window, min_length=2)
         plan, size = plan_text(path, tokenizer, shape, args.max_windows, folder)
-        lengths = (
-            len(tokenizer.encode(each.text, add_special_tokens=False, verbose=False)) for each in read_passages(path)
-        )
+        lengths = (len(encode(tokenizer, each.text)) for each in read_passages(path))
         # A window of one token predicts nothing, and is none of the plan.
         n_windows = [sum(end - start > 1 for start, end in shape.bounds(length)) for length in lengths]
         return cls(path, plan, size, np.repeat(np.arange(len(n_windows)), n_windows)[: plan.n_windows])
@@ -183,9 +186,6 @@ class Reader:
         args = self.args
         folder = (work or self.work).tries(args.tok_prob_threshold, args.max_chunk_length, args.skip_first_tokens)
         return open_datastore(folder, device=lm.device, max_bytes=int(self.args.trie_cache_gb * 10**9))
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def proposals(self, lm: CausalLM, datastore: Datastore | None, split: Split, n_neighbors: int = 1) -> Proposals:
         """The proposals of a split; n_neighbors: rows that propose at each position."""

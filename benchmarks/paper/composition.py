@@ -28,6 +28,7 @@ from benchmarks.paper.common import (
     Reader,
     add_flags,
     cdlm_rows,
+    encode,
     headings,
     proposals_in_words,
     ratio,
@@ -94,7 +95,7 @@ def read_overlaps(reader: Reader, run_length: int) -> Passages:
     work = reader.work
 
     def token_ids(passage: Passage) -> np.ndarray:
-        return np.array(reader.tokenizer.encode(passage.text, add_special_tokens=False, verbose=False), dtype=np.int64)
+        return encode(reader.tokenizer, passage.text)
 
     manifest = read_finished(work.extracted(work.model_gen) / f"{work.partition}_manifest.json", EXTRACT)
     shape = WindowShape(*(manifest.arguments[name] for name in ("chunk_size", "stride", "min_length")))

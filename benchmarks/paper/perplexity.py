@@ -36,6 +36,7 @@ from benchmarks.paper.common import (
     Split,
     add_flags,
     cdlm_rows,
+    encode,
     of_passages,
     perplexity_cells,
     proposals_in_words,
@@ -55,6 +56,7 @@ from utils.text.corpora import read_passages, split_path
 SMALL_LM, LARGE_LM, NGRAMS = "small LM", "large LM", "LM + n-grams"
 KNN_LM, KNN_LM_OF_DISTANCE = "kNN-LM", "kNN-LM, λ(distance)"
 ONE_PREFIX, RANDOM_ROWS = "KCD, prefixes", "KCD, random rows"
+RANDOM_ROWS_SEED = 8
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -128,7 +130,7 @@ def mixture_rows(reader: Reader, lm: CausalLM, datastore: Datastore) -> dict[str
     most = max(reader.args.neighbors)
     nearest, random = (
         [reader.proposals(lm, of, split, most) for split in (reader.validation, reader.test)]
-        for of in (datastore, RandomRows(datastore, reader.args.batch_size))
+        for of in (datastore, RandomRows(datastore))
     )
     ways = [(ONE_PREFIX, nearest, 1)] + [(f"KCD, {k} rows", nearest, k) for k in sorted(set(reader.args.neighbors))]
     for name, (validation, test), k in [*ways, (f"{RANDOM_ROWS}, {most}", random, most)]:
@@ -144,9 +146,9 @@ def mixture_rows(reader: Reader, lm: CausalLM, datastore: Datastore) -> dict[str
 class RandomRows(Datastore):
     """A datastore whose rows are drawn at random and alike in similarity: what its vectors bring is not there."""
 
-    def __init__(self, datastore: Datastore, seed: int) -> None:
+    def __init__(self, datastore: Datastore) -> None:
         self.n_rows, self.hidden_size, self._datastore = datastore.n_rows, datastore.hidden_size, datastore
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(RANDOM_ROWS_SEED)
 
     def trie(self, entry_token_id: int) -> TokenTrie | None:
         found = self._datastore.trie(entry_token_id)
@@ -180,7 +182,7 @@ def compared(log_p: np.ndarray, other: np.ndarray, split: Split) -> dict[str, An
 def ngram_row(reader: Reader, validation: Proposals, test: Proposals) -> dict[str, Any]:
     """Of the train split's n-grams."""
     path = split_path(reader.work.data(), reader.work.partition)
-    passages = [np.array(reader.encode(passage.text), dtype=np.int64) for passage in read_passages(path)]
+    passages = [encode(reader.tokenizer, passage.text) for passage in read_passages(path)]
     of_splits = [split.windows() for split in (reader.validation, reader.test)]
     mixed = ngrams.fit(passages, of_splits[0], validation.log_probs)
     of_tokens = mixed.log_probs(of_splits[1], test.log_probs)
